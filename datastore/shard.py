@@ -1,0 +1,512 @@
+"""Shards: Arrow IPC files of packed rows and of teacher blobs (docs/format.md, "Files").
+
+A row read is a zero-copy view into a memory map whose hash was checked on that very read. A damaged, truncated,
+exchanged or foreign file is a FormatError that names the file, the row and the remedy, never a wrong number.
+Only lengths that Arrow has validated are ever turned into views, and numpy slices clamp: a flipped offset cannot
+reach outside the map.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Generic, NoReturn, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from common.config import Config
+from common.errors import AlignmentError, FormatError
+from common.files import atomic_writer
+from common.tokenizer import VOCAB_SIZE
+from datastore.types import SPLITS, PackedRow, Split
+
+FORMAT_VERSION = 1
+BATCH_ROWS = 64
+DOC_ID_BYTES = 16
+Item = TypeVar("Item")
+Views = TypeVar("Views")
+_REMEDY = (
+    "restore the file or build the dataset again; `vpmoe-data verify` lists every damaged file"
+)
+_TARGET_REMEDY = (
+    "restore the file or run `vpmoe-data score` again; `vpmoe-data verify` lists every damaged file"
+)
+# dataset_id or target_id, split, shard, row: what binds a row to its one place in the one store it belongs to.
+_PLACE = struct.Struct("<32sBII")
+
+
+class FileEntry(Config):
+    """A shard as its manifest lists it. name: "train/shard-00000.arrow". sha256: hex, of the whole file."""
+
+    name: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+def shard_name(split: Split, shard: int) -> str:
+    """The one name of a shard, relative to its dataset or target folder."""
+    return f"{split}/shard-{shard:05d}.arrow"
+
+
+def hash_row(row: PackedRow, *, dataset_id: str, split: Split, shard: int, index: int) -> int:
+    """xxh3_64 of a packed row and of its place: row `index` of shard `shard` (`row.row_hash` is not read)."""
+    digest = xxhash.xxh3_64(_place(dataset_id, split, shard, index))
+    digest.update(struct.pack("<I", len(row.doc_ids)))
+    digest.update(row.tokens_T)
+    digest.update(row.spans_T)
+    digest.update(row.doc_ends_D)
+    digest.update(b"".join(row.doc_ids))
+    return digest.intdigest()
+
+
+def hash_blob(
+    blob: bytes | None, row_hash: int, *, target_id: str, split: Split, shard: int, index: int
+) -> int:
+    """xxh3_64 of a blob (nothing when None), of the token row that it scores and of its place."""
+    digest = xxhash.xxh3_64(_place(target_id, split, shard, index))
+    digest.update(struct.pack("<Q", row_hash))
+    digest.update(blob or b"")
+    return digest.intdigest()
+
+
+def write_token_shard(
+    folder: Path,
+    rows: Iterable[PackedRow],
+    *,
+    dataset_id: str,
+    split: Split,
+    shard: int,
+    seq_len: int,
+) -> FileEntry:
+    """Stream `rows` into folder/<shard_name>, durable and complete or not there at all.
+
+    Row hashes are computed here; `row.row_hash` of the input is ignored. Holds 64 rows at a time.
+    Raises FormatError for a row that a reader would refuse.
+    """
+    name = shard_name(split, shard)
+    schema = _token_schema(dataset_id, split, shard, seq_len)
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for first, group in _groups(rows):
+            for offset, row in enumerate(group):
+                check_row(row, seq_len, f"{name}: row {first + offset} cannot be written")
+            hashes = [
+                hash_row(row, dataset_id=dataset_id, split=split, shard=shard, index=first + i)
+                for i, row in enumerate(group)
+            ]
+            yield _token_batch(group, hashes, schema)
+
+    return _write(Path(folder), name, schema, batches())
+
+
+def write_target_shard(
+    folder: Path,
+    blobs: Iterable[tuple[int, bytes | None]],
+    *,
+    target_id: str,
+    split: Split,
+    shard: int,
+) -> FileEntry:
+    """Stream (row_hash of the token row, blob or None where it was not scored) into folder/<shard_name>.
+
+    Durable and complete or not there at all. Raises FormatError for an empty blob, which None stands for.
+    """
+    name = shard_name(split, shard)
+    schema = _target_schema(target_id, split, shard)
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for first, group in _groups(blobs):
+            for offset, (_, blob) in enumerate(group):
+                if blob is not None and not blob:
+                    raise FormatError(
+                        f"{name}: row {first + offset} cannot be written: its blob is empty",
+                        expected="bytes, or None for a row without targets",
+                    )
+            hashes = [
+                hash_blob(
+                    blob, row_hash, target_id=target_id, split=split, shard=shard, index=first + i
+                )
+                for i, (row_hash, blob) in enumerate(group)
+            ]
+            columns = [
+                pa.array([blob for _, blob in group], pa.large_binary()),
+                pa.array(np.array([row_hash for row_hash, _ in group], np.uint64)),
+                pa.array(np.array(hashes, np.uint64)),
+            ]
+            yield pa.record_batch(columns, schema=schema)
+
+    return _write(Path(folder), name, schema, batches())
+
+
+def check_row(row: PackedRow, seq_len: int, where: str) -> None:
+    """Raise FormatError, its message led by `where`, unless the row's arrays have the shapes of docs/format.md.
+
+    Cheap structure only (a few microseconds), on every write and read; the grammar of spans is `verify`'s.
+    """
+    ends = row.doc_ends_D
+    faults = (
+        (row.tokens_T.shape != (seq_len,) or row.tokens_T.dtype != np.int32, "tokens"),
+        (row.spans_T.shape != (seq_len,) or row.spans_T.dtype != np.uint8, "spans"),
+        (ends.ndim != 1 or ends.dtype != np.int32, "doc_ends"),
+    )
+    for wrong, name in faults:
+        if wrong:
+            raise FormatError(
+                f"{where}: {name} has the wrong shape or dtype",
+                expected=f"int32 tokens, uint8 spans of length {seq_len}, int32 doc_ends",
+            )
+    if not ends.size or ends[0] <= 0 or ends[-1] > seq_len or (ends[1:] <= ends[:-1]).any():
+        raise FormatError(
+            f"{where}: doc_ends are not strictly ascending in 1..{seq_len}",
+            got=ends[:8].tolist(),
+            remedy=_REMEDY,
+        )
+    if len(row.doc_ids) != ends.size or any(len(d) != DOC_ID_BYTES for d in row.doc_ids):
+        raise FormatError(
+            f"{where}: doc_ids do not match doc_ends",
+            got=f"{len(row.doc_ids)} ids",
+            expected=f"{ends.size} ids of {DOC_ID_BYTES} bytes",
+            remedy=_REMEDY,
+        )
+    low, high = int(row.tokens_T.min()), int(row.tokens_T.max())
+    if low < 0 or high >= VOCAB_SIZE:
+        raise FormatError(
+            f"{where}: a token id is outside the vocabulary",
+            got=low if low < 0 else high,
+            expected=f"0..{VOCAB_SIZE - 1}",
+            remedy=_REMEDY,
+        )
+
+
+class _Shard(Generic[Views]):
+    """A memory-mapped shard whose structure was checked; views of a batch are made once, at its first read.
+
+    Holds no file descriptor: Arrow's map outlives its file. Not for sharing by pickle; reopen by path instead.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        entry: FileEntry,
+        schema: pa.Schema,
+        view: Callable[[pa.RecordBatch], Views],
+        remedy: str,
+    ) -> None:
+        self.path = Path(folder) / entry.name
+        self.num_rows = entry.rows
+        self._bytes, self._view, self._remedy = entry.bytes, view, remedy
+        self._check_size()
+        try:
+            with pa.memory_map(str(self.path)) as source:
+                self._reader = pa.ipc.open_file(pa.BufferReader(source.read_buffer()))
+            found = self._reader.schema
+        except (pa.ArrowException, OSError, ValueError) as error:
+            self._fail("is not a readable Arrow file", got=f"'{error}'")
+        self._check_schema(found, schema)
+        batches = -(-entry.rows // BATCH_ROWS)
+        if self._reader.num_record_batches != batches:
+            self._fail(
+                "holds another number of record batches",
+                got=self._reader.num_record_batches,
+                expected=batches,
+            )
+        self._schema = schema
+        self._views: list[Views | None] = [None] * batches
+
+    def _locate(self, index: int) -> tuple[Views, int]:
+        """The views of the batch that holds row `index`, and the row's number in it."""
+        if not 0 <= index < self.num_rows:
+            raise IndexError(f"{self.path}: row {index} of {self.num_rows}")
+        # A file that shrinks under its map kills the process (SIGBUS) at the first touch; one stat is 1 us.
+        self._check_size()
+        batch, offset = divmod(index, BATCH_ROWS)
+        if (views := self._views[batch]) is None:
+            views = self._views[batch] = self._load(batch)
+        return views, offset
+
+    def _load(self, batch: int) -> Views:
+        rows = min(BATCH_ROWS, self.num_rows - batch * BATCH_ROWS)
+        where = f"rows {batch * BATCH_ROWS}..{batch * BATCH_ROWS + rows - 1} are damaged"
+        try:
+            record_batch = self._reader.get_batch(batch)
+            # Full validation looks at buffer sizes and offsets alone: 64 rows cost microseconds.
+            record_batch.validate(full=True)
+            if record_batch.num_rows != rows:
+                self._fail(where, got=f"{record_batch.num_rows} rows", expected=rows)
+            return self._view(record_batch)
+        except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+            self._fail(where, got=f"'{error}'")
+
+    def _check_size(self) -> None:
+        try:
+            size = os.stat(self.path).st_size
+        except FileNotFoundError:
+            self._fail("is missing")
+        if size != self._bytes:
+            self._fail("has the wrong size", got=f"{size} bytes", expected=f"{self._bytes}")
+
+    def _check_schema(self, found: pa.Schema, expected: pa.Schema) -> None:
+        if found.equals(expected, check_metadata=True):
+            return
+        got, want = (schema.metadata or {} for schema in (found, expected))
+        for key in want:
+            if got.get(key) != want[key]:
+                self._fail(
+                    f"is another shard: {key.decode()} differs",
+                    got=got.get(key, b"nothing").decode(errors="replace"),
+                    expected=want[key].decode(),
+                )
+        self._fail("has other columns", got=found.names, expected=expected.names)
+
+    def _fail(self, what: str, **details: object) -> NoReturn:
+        raise FormatError(f"shard {self.path} {what}", **details, remedy=self._remedy) from None
+
+
+@dataclass(frozen=True, slots=True)
+class _TokenViews:
+    tokens_RT: np.ndarray
+    spans_RT: np.ndarray
+    doc_offsets: np.ndarray
+    doc_ends: np.ndarray
+    doc_ids: memoryview
+    hashes: np.ndarray
+
+
+class TokenShard(_Shard[_TokenViews]):
+    """Reads one token shard. Raises FormatError when the file is not exactly the shard that is asked for."""
+
+    def __init__(
+        self,
+        folder: Path,
+        entry: FileEntry,
+        *,
+        dataset_id: str,
+        split: Split,
+        shard: int,
+        seq_len: int,
+    ) -> None:
+        self._seq_len = seq_len
+        self._place = {"dataset_id": dataset_id, "split": split, "shard": shard}
+        schema = _token_schema(dataset_id, split, shard, seq_len)
+        super().__init__(folder, entry, schema, self._token_views, _REMEDY)
+
+    def row(self, index: int) -> PackedRow:
+        """Row `index` as read-only views, its hash checked. Raises FormatError, IndexError."""
+        views, i = self._locate(index)
+        docs = slice(int(views.doc_offsets[i]), int(views.doc_offsets[i + 1]))
+        starts = range(docs.start * DOC_ID_BYTES, docs.stop * DOC_ID_BYTES, DOC_ID_BYTES)
+        row = PackedRow(
+            tokens_T=views.tokens_RT[i],
+            spans_T=views.spans_RT[i],
+            doc_ends_D=views.doc_ends[docs],
+            doc_ids=tuple(bytes(views.doc_ids[start : start + DOC_ID_BYTES]) for start in starts),
+            row_hash=int(views.hashes[i]),
+        )
+        if (found := hash_row(row, **self._place, index=index)) != row.row_hash:
+            self._fail(
+                f"row {index} is damaged: its hash differs",
+                got=f"{found:016x}",
+                expected=f"{row.row_hash:016x}",
+            )
+        check_row(row, self._seq_len, f"shard {self.path} row {index} is damaged")
+        return row
+
+    def _token_views(self, batch: pa.RecordBatch) -> _TokenViews:
+        tokens, spans, doc_ends, doc_ids, hashes = batch.columns
+        if any(array.null_count for column in batch.columns for array in _with_children(column)):
+            raise ValueError("null values in a column that has none")
+        if not doc_ends.offsets.equals(doc_ids.offsets):
+            raise ValueError("doc_ends and doc_ids count other documents")
+        return _TokenViews(
+            tokens_RT=_numpy(tokens.flatten()).reshape(len(batch), self._seq_len),
+            spans_RT=_numpy(spans.flatten()).reshape(len(batch), self._seq_len),
+            doc_offsets=_numpy(doc_ends.offsets),
+            doc_ends=_numpy(doc_ends.values),
+            doc_ids=_fixed_bytes(doc_ids.values),
+            hashes=_numpy(hashes),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _BlobViews:
+    offsets: np.ndarray
+    content: memoryview
+    present: np.ndarray
+    row_hashes: np.ndarray
+    blob_hashes: np.ndarray
+
+
+class TargetShard(_Shard[_BlobViews]):
+    """Reads one target shard. Raises FormatError when the file is not exactly the shard that is asked for."""
+
+    def __init__(
+        self, folder: Path, entry: FileEntry, *, target_id: str, split: Split, shard: int
+    ) -> None:
+        self._place = {"target_id": target_id, "split": split, "shard": shard}
+        schema = _target_schema(target_id, split, shard)
+        super().__init__(folder, entry, schema, self._blob_views, _TARGET_REMEDY)
+
+    def blob(self, index: int, row_hash: int) -> bytes | None:
+        """The blob of row `index`, or None when that row was not scored; its hash checked.
+
+        row_hash: of the token row it must score. Raises FormatError (damage), AlignmentError (intact targets of
+        other tokens), IndexError.
+        """
+        views, i = self._locate(index)
+        stored_row_hash, present = int(views.row_hashes[i]), bool(views.present[i])
+        blob = bytes(views.content[int(views.offsets[i]) : int(views.offsets[i + 1])])
+        found = hash_blob(blob, stored_row_hash, **self._place, index=index)
+        # An empty blob hashes as a null one: only the writer's rule that none exists tells a flipped validity bit.
+        if found != int(views.blob_hashes[i]) or present != bool(blob):
+            self._fail(
+                f"row {index} is damaged: its hash differs",
+                got=f"{found:016x}",
+                expected=f"{int(views.blob_hashes[i]):016x}",
+            )
+        if stored_row_hash != row_hash:
+            raise AlignmentError(
+                f"shard {self.path} row {index} holds the targets of other tokens",
+                got=f"row hash {stored_row_hash:016x}",
+                expected=f"{row_hash:016x}",
+                remedy="score this dataset again",
+            )
+        return blob if present else None
+
+    def _blob_views(self, batch: pa.RecordBatch) -> _BlobViews:
+        blobs, row_hashes, blob_hashes = batch.columns
+        if row_hashes.null_count or blob_hashes.null_count:
+            raise ValueError("null values in a column that has none")
+        _, offsets, content = blobs.buffers()
+        return _BlobViews(
+            offsets=np.frombuffer(offsets, np.int64, len(blobs) + 1, blobs.offset * 8),
+            content=memoryview(content) if content is not None else memoryview(b""),
+            present=_numpy(blobs.is_valid(), copy=True),
+            row_hashes=_numpy(row_hashes),
+            blob_hashes=_numpy(blob_hashes),
+        )
+
+
+class _Hashing:
+    """A write-only file that hashes and counts what passes, so that nothing is read back."""
+
+    def __init__(self, handle: BinaryIO) -> None:
+        self._handle, self._digest, self.bytes = handle, hashlib.sha256(), 0
+        self.closed = False
+
+    def write(self, content: pa.Buffer | bytes) -> int:
+        self._handle.write(content)
+        self._digest.update(content)
+        size = memoryview(content).nbytes
+        self.bytes += size
+        return size
+
+    def flush(self) -> None:
+        self._handle.flush()
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
+def _write(
+    folder: Path, name: str, schema: pa.Schema, batches: Iterator[pa.RecordBatch]
+) -> FileEntry:
+    rows = 0
+    with atomic_writer(folder / name) as handle:
+        sink = _Hashing(handle)
+        options = pa.ipc.IpcWriteOptions(compression=None)
+        with pa.ipc.new_file(pa.PythonFile(sink, mode="w"), schema, options=options) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+                rows += len(batch)
+    return FileEntry(name=name, rows=rows, bytes=sink.bytes, sha256=sink.hexdigest())
+
+
+def _groups(items: Iterable[Item]) -> Iterator[tuple[int, list[Item]]]:
+    """(number of the first, up to BATCH_ROWS items), until the items end."""
+    iterator = iter(items)
+    for first in itertools.count(step=BATCH_ROWS):
+        if not (group := list(itertools.islice(iterator, BATCH_ROWS))):
+            return
+        yield first, group
+
+
+def _token_batch(rows: list[PackedRow], hashes: list[int], schema: pa.Schema) -> pa.RecordBatch:
+    types = schema.types
+    offsets = np.zeros(len(rows) + 1, np.int32)
+    np.cumsum([len(row.doc_ids) for row in rows], out=offsets[1:])
+    doc_ids = pa.py_buffer(b"".join(itertools.chain.from_iterable(row.doc_ids for row in rows)))
+    ids = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(DOC_ID_BYTES), int(offsets[-1]), [None, doc_ids]
+    )
+    columns = [
+        pa.FixedSizeListArray.from_arrays(
+            pa.array(np.concatenate([row.tokens_T for row in rows])), type=types[0]
+        ),
+        pa.FixedSizeListArray.from_arrays(
+            pa.array(np.concatenate([row.spans_T for row in rows])), type=types[1]
+        ),
+        pa.ListArray.from_arrays(
+            pa.array(offsets),
+            pa.array(np.concatenate([row.doc_ends_D for row in rows])),
+            type=types[2],
+        ),
+        pa.ListArray.from_arrays(pa.array(offsets), ids, type=types[3]),
+        pa.array(np.array(hashes, np.uint64)),
+    ]
+    return pa.record_batch(columns, schema=schema)
+
+
+def _token_schema(dataset_id: str, split: Split, shard: int, seq_len: int) -> pa.Schema:
+    def item(type_: pa.DataType) -> pa.Field:
+        return pa.field("item", type_, nullable=False)
+
+    columns = {
+        "tokens": pa.list_(item(pa.int32()), seq_len),
+        "spans": pa.list_(item(pa.uint8()), seq_len),
+        "doc_ends": pa.list_(item(pa.int32())),
+        "doc_ids": pa.list_(item(pa.binary(DOC_ID_BYTES))),
+        "row_hash": pa.uint64(),
+    }
+    fields = [pa.field(name, type_, nullable=False) for name, type_ in columns.items()]
+    return pa.schema(
+        fields, _metadata("tokens", split, shard, dataset_id=dataset_id, seq_len=seq_len)
+    )
+
+
+def _target_schema(target_id: str, split: Split, shard: int) -> pa.Schema:
+    fields = [
+        pa.field("blob", pa.large_binary()),
+        pa.field("row_hash", pa.uint64(), nullable=False),
+        pa.field("blob_hash", pa.uint64(), nullable=False),
+    ]
+    return pa.schema(fields, _metadata("targets", split, shard, target_id=target_id))
+
+
+def _metadata(kind: str, split: Split, shard: int, **more: object) -> dict[str, str]:
+    values = {"format": FORMAT_VERSION, "kind": kind, "split": split, "shard": shard, **more}
+    return {f"vpmoe.{key}": str(value) for key, value in values.items()}
+
+
+def _place(identity: str, split: Split, shard: int, index: int) -> bytes:
+    return _PLACE.pack(bytes.fromhex(identity), SPLITS.index(split), shard, index)
+
+
+def _with_children(column: pa.Array) -> tuple[pa.Array, ...]:
+    return (column, column.values) if pa.types.is_nested(column.type) else (column,)
+
+
+def _numpy(array: pa.Array, *, copy: bool = False) -> np.ndarray:
+    return array.to_numpy(zero_copy_only=not copy)
+
+
+def _fixed_bytes(array: pa.FixedSizeBinaryArray) -> memoryview:
+    content = array.buffers()[1]
+    return memoryview(content)[array.offset * DOC_ID_BYTES :] if content else memoryview(b"")
