@@ -1,0 +1,31 @@
+# Each target does its own set-up; a second run installs nothing.
+VENV ?= .venv
+export VPMOE_VENV := $(VENV)
+PYTHON := $(VENV)/bin/python
+
+# Nothing runs over the network and nothing reports home.
+export HF_HUB_OFFLINE := 1
+export TRANSFORMERS_OFFLINE := 1
+export HF_DATASETS_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export VLLM_NO_USAGE_STATS := 1
+export DO_NOT_TRACK := 1
+
+.PHONY: setup demo test check bench
+
+setup:
+	@bash scripts/setup.sh
+
+demo: setup
+	@$(PYTHON) -m demo.run
+
+test: setup
+	@$(PYTHON) -m pytest
+
+check: setup
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+
+bench: setup
+	@for script in benchmarks/*.py; do echo "== $$script"; $(PYTHON) $$script || exit 1; done
