@@ -95,7 +95,7 @@ class DatasetManifest(_Manifest):
     config: dict[str, Any]
     config_hash: str
     tokenizer: TokenizerInfo
-    renderer_version: int
+    renderer_version: str
     sources: tuple[SourceFile, ...]
     split_rule: dict[str, Any]
     counts: dict[Split, SplitCounts]
@@ -193,8 +193,7 @@ def _load(cls: type[AnyManifest], folder: Path, kind: str, remedy: str) -> AnyMa
             expected=FORMAT_VERSION,
             remedy="use the version of vpMoE that wrote it, or build it again",
         )
-    found = raw.pop(_SELF_HASH, None)
-    if found != _hash(raw):
+    if not _is_intact(raw):
         raise _damaged(path, "does not match its own hash")
     try:
         manifest = parse_config(cls, raw, str(path))
@@ -212,6 +211,15 @@ def _load(cls: type[AnyManifest], folder: Path, kind: str, remedy: str) -> AnyMa
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _is_intact(raw: dict[str, Any]) -> bool:
+    """Whether the self hash, which is removed from `raw`, is that of the rest."""
+    found = raw.pop(_SELF_HASH, None)
+    try:
+        return found == _hash(raw)
+    except UnicodeEncodeError:  # half a surrogate pair, which no writer can have hashed
+        return False
 
 
 def _hash(values: dict[str, Any]) -> str:

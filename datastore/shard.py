@@ -2,36 +2,41 @@
 
 A row read is a zero-copy view into a memory map whose hash was checked on that very read. A damaged, truncated,
 exchanged or foreign file is a FormatError that names the file, the row and the remedy, never a wrong number.
-Only lengths that Arrow has validated are ever turned into views, and numpy slices clamp: a flipped offset cannot
-reach outside the map.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import os
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Generic, NoReturn, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 
-from common.config import Config
 from common.errors import AlignmentError, FormatError
-from common.files import atomic_writer
 from common.tokenizer import VOCAB_SIZE
+from datastore.container import BATCH_ROWS, FileEntry, MappedShard, as_numpy, write_container
 from datastore.types import SPLITS, PackedRow, Split
 
+__all__ = [
+    "FileEntry",
+    "TargetShard",
+    "TokenShard",
+    "check_row",
+    "hash_blob",
+    "hash_row",
+    "shard_name",
+    "write_target_shard",
+    "write_token_shard",
+]
+
 FORMAT_VERSION = 1
-BATCH_ROWS = 64
 DOC_ID_BYTES = 16
 Item = TypeVar("Item")
-Views = TypeVar("Views")
 _REMEDY = (
     "restore the file or build the dataset again; `vpmoe-data verify` lists every damaged file"
 )
@@ -40,15 +45,6 @@ _TARGET_REMEDY = (
 )
 # dataset_id or target_id, split, shard, row: what binds a row to its one place in the one store it belongs to.
 _PLACE = struct.Struct("<32sBII")
-
-
-class FileEntry(Config):
-    """A shard as its manifest lists it. name: "train/shard-00000.arrow". sha256: hex, of the whole file."""
-
-    name: str
-    rows: int
-    bytes: int
-    sha256: str
 
 
 def shard_name(split: Split, shard: int) -> str:
@@ -104,7 +100,7 @@ def write_token_shard(
             ]
             yield _token_batch(group, hashes, schema)
 
-    return _write(Path(folder), name, schema, batches())
+    return write_container(Path(folder), name, schema, batches())
 
 
 def write_target_shard(
@@ -143,7 +139,7 @@ def write_target_shard(
             ]
             yield pa.record_batch(columns, schema=schema)
 
-    return _write(Path(folder), name, schema, batches())
+    return write_container(Path(folder), name, schema, batches())
 
 
 def check_row(row: PackedRow, seq_len: int, where: str) -> None:
@@ -186,90 +182,6 @@ def check_row(row: PackedRow, seq_len: int, where: str) -> None:
         )
 
 
-class _Shard(Generic[Views]):
-    """A memory-mapped shard whose structure was checked; views of a batch are made once, at its first read.
-
-    Holds no file descriptor: Arrow's map outlives its file. Not for sharing by pickle; reopen by path instead.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        entry: FileEntry,
-        schema: pa.Schema,
-        view: Callable[[pa.RecordBatch], Views],
-        remedy: str,
-    ) -> None:
-        self.path = Path(folder) / entry.name
-        self.num_rows = entry.rows
-        self._bytes, self._view, self._remedy = entry.bytes, view, remedy
-        self._check_size()
-        try:
-            with pa.memory_map(str(self.path)) as source:
-                self._reader = pa.ipc.open_file(pa.BufferReader(source.read_buffer()))
-            found = self._reader.schema
-        except (pa.ArrowException, OSError, ValueError) as error:
-            self._fail("is not a readable Arrow file", got=f"'{error}'")
-        self._check_schema(found, schema)
-        batches = -(-entry.rows // BATCH_ROWS)
-        if self._reader.num_record_batches != batches:
-            self._fail(
-                "holds another number of record batches",
-                got=self._reader.num_record_batches,
-                expected=batches,
-            )
-        self._schema = schema
-        self._views: list[Views | None] = [None] * batches
-
-    def _locate(self, index: int) -> tuple[Views, int]:
-        """The views of the batch that holds row `index`, and the row's number in it."""
-        if not 0 <= index < self.num_rows:
-            raise IndexError(f"{self.path}: row {index} of {self.num_rows}")
-        # A file that shrinks under its map kills the process (SIGBUS) at the first touch; one stat is 1 us.
-        self._check_size()
-        batch, offset = divmod(index, BATCH_ROWS)
-        if (views := self._views[batch]) is None:
-            views = self._views[batch] = self._load(batch)
-        return views, offset
-
-    def _load(self, batch: int) -> Views:
-        rows = min(BATCH_ROWS, self.num_rows - batch * BATCH_ROWS)
-        where = f"rows {batch * BATCH_ROWS}..{batch * BATCH_ROWS + rows - 1} are damaged"
-        try:
-            record_batch = self._reader.get_batch(batch)
-            # Full validation looks at buffer sizes and offsets alone: 64 rows cost microseconds.
-            record_batch.validate(full=True)
-            if record_batch.num_rows != rows:
-                self._fail(where, got=f"{record_batch.num_rows} rows", expected=rows)
-            return self._view(record_batch)
-        except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-            self._fail(where, got=f"'{error}'")
-
-    def _check_size(self) -> None:
-        try:
-            size = os.stat(self.path).st_size
-        except FileNotFoundError:
-            self._fail("is missing")
-        if size != self._bytes:
-            self._fail("has the wrong size", got=f"{size} bytes", expected=f"{self._bytes}")
-
-    def _check_schema(self, found: pa.Schema, expected: pa.Schema) -> None:
-        if found.equals(expected, check_metadata=True):
-            return
-        got, want = (schema.metadata or {} for schema in (found, expected))
-        for key in want:
-            if got.get(key) != want[key]:
-                self._fail(
-                    f"is another shard: {key.decode()} differs",
-                    got=got.get(key, b"nothing").decode(errors="replace"),
-                    expected=want[key].decode(),
-                )
-        self._fail("has other columns", got=found.names, expected=expected.names)
-
-    def _fail(self, what: str, **details: object) -> NoReturn:
-        raise FormatError(f"shard {self.path} {what}", **details, remedy=self._remedy) from None
-
-
 @dataclass(frozen=True, slots=True)
 class _TokenViews:
     tokens_RT: np.ndarray
@@ -280,7 +192,7 @@ class _TokenViews:
     hashes: np.ndarray
 
 
-class TokenShard(_Shard[_TokenViews]):
+class TokenShard(MappedShard[_TokenViews]):
     """Reads one token shard. Raises FormatError when the file is not exactly the shard that is asked for."""
 
     def __init__(
@@ -326,12 +238,12 @@ class TokenShard(_Shard[_TokenViews]):
         if not doc_ends.offsets.equals(doc_ids.offsets):
             raise ValueError("doc_ends and doc_ids count other documents")
         return _TokenViews(
-            tokens_RT=_numpy(tokens.flatten()).reshape(len(batch), self._seq_len),
-            spans_RT=_numpy(spans.flatten()).reshape(len(batch), self._seq_len),
-            doc_offsets=_numpy(doc_ends.offsets),
-            doc_ends=_numpy(doc_ends.values),
+            tokens_RT=as_numpy(tokens.flatten()).reshape(len(batch), self._seq_len),
+            spans_RT=as_numpy(spans.flatten()).reshape(len(batch), self._seq_len),
+            doc_offsets=as_numpy(doc_ends.offsets),
+            doc_ends=as_numpy(doc_ends.values),
             doc_ids=_fixed_bytes(doc_ids.values),
-            hashes=_numpy(hashes),
+            hashes=as_numpy(hashes),
         )
 
 
@@ -344,7 +256,7 @@ class _BlobViews:
     blob_hashes: np.ndarray
 
 
-class TargetShard(_Shard[_BlobViews]):
+class TargetShard(MappedShard[_BlobViews]):
     """Reads one target shard. Raises FormatError when the file is not exactly the shard that is asked for."""
 
     def __init__(
@@ -388,54 +300,10 @@ class TargetShard(_Shard[_BlobViews]):
         return _BlobViews(
             offsets=np.frombuffer(offsets, np.int64, len(blobs) + 1, blobs.offset * 8),
             content=memoryview(content) if content is not None else memoryview(b""),
-            present=_numpy(blobs.is_valid(), copy=True),
-            row_hashes=_numpy(row_hashes),
-            blob_hashes=_numpy(blob_hashes),
+            present=as_numpy(blobs.is_valid(), copy=True),
+            row_hashes=as_numpy(row_hashes),
+            blob_hashes=as_numpy(blob_hashes),
         )
-
-
-class _Hashing:
-    """A write-only file that hashes and counts what passes, so that nothing is read back."""
-
-    def __init__(self, handle: BinaryIO) -> None:
-        self._handle, self._digest, self.bytes = handle, hashlib.sha256(), 0
-        self.closed = False
-
-    def write(self, content: pa.Buffer | bytes) -> int:
-        self._handle.write(content)
-        self._digest.update(content)
-        size = memoryview(content).nbytes
-        self.bytes += size
-        return size
-
-    def flush(self) -> None:
-        self._handle.flush()
-
-    def hexdigest(self) -> str:
-        return self._digest.hexdigest()
-
-
-def _write(
-    folder: Path, name: str, schema: pa.Schema, batches: Iterator[pa.RecordBatch]
-) -> FileEntry:
-    rows = 0
-    with atomic_writer(folder / name) as handle:
-        sink = _Hashing(handle)
-        options = pa.ipc.IpcWriteOptions(compression=None)
-        with pa.ipc.new_file(pa.PythonFile(sink, mode="w"), schema, options=options) as writer:
-            for batch in batches:
-                writer.write_batch(batch)
-                rows += len(batch)
-    return FileEntry(name=name, rows=rows, bytes=sink.bytes, sha256=sink.hexdigest())
-
-
-def _groups(items: Iterable[Item]) -> Iterator[tuple[int, list[Item]]]:
-    """(number of the first, up to BATCH_ROWS items), until the items end."""
-    iterator = iter(items)
-    for first in itertools.count(step=BATCH_ROWS):
-        if not (group := list(itertools.islice(iterator, BATCH_ROWS))):
-            return
-        yield first, group
 
 
 def _token_batch(rows: list[PackedRow], hashes: list[int], schema: pa.Schema) -> pa.RecordBatch:
@@ -503,8 +371,13 @@ def _with_children(column: pa.Array) -> tuple[pa.Array, ...]:
     return (column, column.values) if pa.types.is_nested(column.type) else (column,)
 
 
-def _numpy(array: pa.Array, *, copy: bool = False) -> np.ndarray:
-    return array.to_numpy(zero_copy_only=not copy)
+def _groups(items: Iterable[Item]) -> Iterator[tuple[int, list[Item]]]:
+    """(number of the first, up to BATCH_ROWS items), until the items end."""
+    iterator = iter(items)
+    for first in itertools.count(step=BATCH_ROWS):
+        if not (group := list(itertools.islice(iterator, BATCH_ROWS))):
+            return
+        yield first, group
 
 
 def _fixed_bytes(array: pa.FixedSizeBinaryArray) -> memoryview:

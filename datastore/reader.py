@@ -1,0 +1,217 @@
+"""Reading a dataset and its teacher targets by (split, index). Opening checks the manifest and the files' sizes.
+
+Objects are cheap to pickle (a path and a fingerprint) and safe to fork: nothing that is open has a position.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import itertools
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import AlignmentError, FormatError
+from datastore import codec
+from datastore.manifest import (
+    DatasetManifest,
+    TargetManifest,
+    load_dataset_manifest,
+    load_target_manifest,
+    target_folder,
+)
+from datastore.shard import FileEntry, TargetShard, TokenShard
+from datastore.target import target_positions
+from datastore.types import DocTarget, PackedRow, Split
+
+# Open shards kept for each store: maps and views only (no file descriptors), about 0.1 MB of Python objects a shard.
+OPEN_SHARDS = 64
+
+
+class Dataset:
+    """A dataset folder opened for reading; indices of a split count over its shards in order."""
+
+    def __init__(self, path: Path, manifest: DatasetManifest) -> None:
+        self.path, self.manifest = path, manifest
+        self._index = _RowIndex(manifest)
+        self._shard = functools.lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
+
+    @classmethod
+    def open(cls, path: Path | str, *, check_sizes: bool = True) -> Dataset:
+        """Open a dataset; `check_sizes` also looks at the presence and size of every listed file.
+
+        Raises FormatError naming the first file that is absent or of another size. Hashes of rows are checked when
+        rows are read, those of whole files by `vpmoe-data verify`.
+        """
+        path = Path(path)
+        manifest = load_dataset_manifest(path)
+        if check_sizes:
+            check_files(path, manifest, "build the dataset again, or restore the file")
+        return cls(path, manifest)
+
+    def num_rows(self, split: Split) -> int:
+        """Packed rows of a split."""
+        return self._index.num_rows(split)
+
+    def locate(self, split: Split, index: int) -> tuple[int, int]:
+        """(shard, row in the shard) of a row. Raises IndexError."""
+        return self._index.locate(split, index)
+
+    def row(self, split: Split, index: int) -> PackedRow:
+        """A packed row as read-only views, its hash checked. Raises FormatError, IndexError."""
+        shard, row = self.locate(split, index)
+        return self._shard(split, shard).row(row)
+
+    def _open_shard(self, split: Split, shard: int) -> TokenShard:
+        manifest = self.manifest
+        return TokenShard(
+            self.path,
+            manifest.entries(split)[shard],
+            dataset_id=manifest.dataset_id,
+            split=split,
+            shard=shard,
+            seq_len=manifest.seq_len,
+        )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _reopen_dataset, (self.path, self.manifest.fingerprint)
+
+
+class TargetStore:
+    """The targets of one teacher for an open dataset, addressed like its rows."""
+
+    def __init__(self, dataset: Dataset, manifest: TargetManifest) -> None:
+        self.dataset, self.manifest = dataset, manifest
+        self.path = target_folder(dataset.path, manifest.slug)
+        self._shard = functools.lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
+
+    @classmethod
+    def open(cls, dataset: Dataset, slug: str, *, check_sizes: bool = True) -> TargetStore:
+        """Open the targets of the teacher `slug`.
+
+        Raises AlignmentError when they were scored for another dataset, FormatError when they are absent, incomplete,
+        of another codec or cut into other shards than the dataset.
+        """
+        manifest = load_target_manifest(dataset.path, slug)
+        folder = target_folder(dataset.path, slug)
+        again = f"score it again with `vpmoe-data score --teacher {slug}`"
+        if manifest.dataset_fingerprint != dataset.manifest.fingerprint:
+            raise AlignmentError(
+                f"the targets in {folder} were scored for another dataset",
+                got=f"fingerprint {manifest.dataset_fingerprint}",
+                expected=dataset.manifest.fingerprint,
+                remedy=again,
+            )
+        if manifest.codec_version != codec.CODEC_VERSION:
+            raise FormatError(
+                f"the targets in {folder} have another codec version",
+                got=manifest.codec_version,
+                expected=codec.CODEC_VERSION,
+                remedy=again,
+            )
+        _check_same_shards(folder, manifest, dataset.manifest, again)
+        if check_sizes:
+            check_files(folder, manifest, again)
+        return cls(dataset, manifest)
+
+    def blob(self, split: Split, index: int, row_hash: int) -> bytes | None:
+        """The blob of a row, None when the row was not scored. Raises FormatError, AlignmentError, IndexError."""
+        shard, row = self.dataset.locate(split, index)
+        return self._shard(split, shard).blob(row, row_hash)
+
+    def documents(self, split: Split, index: int, row: PackedRow) -> list[DocTarget] | None:
+        """The targets of each document of `row`, which must be row `index`; None when it was not scored."""
+        blob = self.blob(split, index, row.row_hash)
+        return None if blob is None else codec.decode_blob(blob, document_positions(row))
+
+    def _open_shard(self, split: Split, shard: int) -> TargetShard:
+        entry = self.manifest.entries(split)[shard]
+        return TargetShard(
+            self.path, entry, target_id=self.manifest.target_id, split=split, shard=shard
+        )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _reopen_targets, (self.dataset, self.manifest.slug, self.manifest.target_id)
+
+
+def document_positions(row: PackedRow) -> list[np.ndarray]:
+    """For each document of a row, the positions that carry an entry, counted from its first token (int32 [P])."""
+    return [target_positions(row.tokens_T[doc], row.spans_T[doc]) for doc in row.documents()]
+
+
+def check_files(folder: Path, manifest: DatasetManifest | TargetManifest, remedy: str) -> None:
+    """Raise FormatError naming the first listed file that is absent or whose size differs."""
+    for entry in itertools.chain.from_iterable(manifest.files.values()):
+        try:
+            size = (folder / entry.name).stat().st_size
+        except FileNotFoundError:
+            raise FormatError(f"{folder / entry.name} is missing", remedy=remedy) from None
+        if size != entry.bytes:
+            raise FormatError(
+                f"{folder / entry.name} has the wrong size",
+                got=f"{size} bytes",
+                expected=f"{entry.bytes}",
+                remedy=remedy,
+            )
+
+
+class _RowIndex:
+    """Row numbers of a split over its shards."""
+
+    def __init__(self, manifest: DatasetManifest) -> None:
+        self._ends = {
+            split: list(itertools.accumulate(entry.rows for entry in entries))
+            for split, entries in manifest.files.items()
+        }
+
+    def num_rows(self, split: Split) -> int:
+        ends = self._ends.get(split)
+        return ends[-1] if ends else 0
+
+    def locate(self, split: Split, index: int) -> tuple[int, int]:
+        if not 0 <= index < self.num_rows(split):
+            raise IndexError(f"row {index} of {self.num_rows(split)} in split {split}")
+        ends = self._ends[split]
+        shard = bisect.bisect_right(ends, index)
+        return shard, int(index) - (ends[shard - 1] if shard else 0)
+
+
+def _check_same_shards(
+    folder: Path, targets: TargetManifest, dataset: DatasetManifest, remedy: str
+) -> None:
+    def rows(entries: tuple[FileEntry, ...]) -> list[int]:
+        return [entry.rows for entry in entries]
+
+    for split in dataset.files.keys() | targets.files.keys():
+        if rows(targets.entries(split)) != rows(dataset.entries(split)):
+            raise FormatError(
+                f"the {split} shards in {folder} do not stand beside those of the dataset",
+                got=f"{len(targets.entries(split))} shards",
+                expected=f"{len(dataset.entries(split))}, each with the rows of its token shard",
+                remedy=remedy,
+            )
+
+
+def _reopen_dataset(path: Path, fingerprint: str) -> Dataset:
+    dataset = Dataset.open(path, check_sizes=False)
+    if dataset.manifest.fingerprint != fingerprint:
+        raise FormatError(
+            f"{path} was replaced while it was in use",
+            got=dataset.manifest.fingerprint,
+            expected=fingerprint,
+            remedy="start the run again",
+        )
+    return dataset
+
+
+def _reopen_targets(dataset: Dataset, slug: str, target_id: str) -> TargetStore:
+    store = TargetStore.open(dataset, slug, check_sizes=False)
+    if store.manifest.target_id != target_id:
+        raise FormatError(
+            f"{store.path} was replaced while it was in use",
+            got=store.manifest.target_id,
+            expected=target_id,
+            remedy="start the run again",
+        )
+    return store
