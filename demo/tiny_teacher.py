@@ -1,0 +1,185 @@
+"""The `tiny` teacher: gpt-oss architecture with the real vocabulary, small enough to train in a minute on a CPU.
+
+Only ids seen in training need trained rows. A compact model learns those ids plus one class that stands for all
+the others (its logit carries log(number of others)); then its embedding and head are spread over the 201,088 ids,
+the others sharing that class's row. This is the softmax over the whole vocabulary, at 1/50 of the cost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+
+from common import logs
+from common.files import write_json
+from common.tokenizer import VOCAB_SIZE
+from datastore.types import SPAN_IGNORED
+
+HIDDEN = 64
+BATCH_DOCUMENTS = 8
+LEARNING_RATE = 4e-3
+# Share of the label mass given to the class of unseen ids, so that the teacher has a tail like a real one.
+UNSEEN_MASS = 0.003
+THREADS = 2
+
+Document = tuple[np.ndarray, np.ndarray]
+
+
+def make_tiny_teacher(folder: Path, dataset: Path, *, seed: int = 0, steps: int = 300) -> Path:
+    """Train the tiny teacher on the train split of a built dataset; see `train_tiny_teacher`."""
+    from datastore.reader import Dataset
+
+    opened = Dataset.open(dataset)
+    documents = [
+        (row.tokens_T[where].copy(), row.spans_T[where].copy())
+        for index in range(opened.num_rows("train"))
+        for row in [opened.row("train", index)]
+        for where in row.documents()
+    ]
+    return train_tiny_teacher(
+        folder, documents, seed=seed, steps=steps, source=opened.manifest.fingerprint
+    )
+
+
+def train_tiny_teacher(
+    folder: Path, documents: list[Document], *, seed: int, steps: int, source: str
+) -> Path:
+    """Write a gpt-oss model folder (config.json, model.safetensors fp32, provenance.json) trained on `documents`.
+
+    documents: (tokens_T int32, spans_T uint8) each. `source` names where they came from. The same arguments give
+    the same weights on the same machine: seeds are fixed and the number of threads is set.
+    """
+    torch.set_num_threads(THREADS)
+    seen_ids = np.unique(np.concatenate([tokens for tokens, _ in documents]))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        compact = _model(len(seen_ids) + 1)
+        _initialise(compact)
+        last_loss = _train(compact, documents, seen_ids, seed=seed, steps=steps)
+        model = _spread(compact, seen_ids)
+    folder = Path(folder)
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    provenance = {"source": source, "seed": seed, "steps": steps, "last_loss": last_loss}
+    write_json(folder / "provenance.json", provenance)
+    return folder
+
+
+def _model(vocab_size: int):
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    config = GptOssConfig(
+        num_hidden_layers=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        vocab_size=vocab_size,
+        hidden_size=HIDDEN,
+        intermediate_size=HIDDEN,
+        head_dim=32,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=128,
+        max_position_embeddings=131072,
+        dtype="float32",
+        attn_implementation="eager",
+        experts_implementation="eager",
+    )
+    return GptOssForCausalLM(config).to(torch.float32)
+
+
+def _initialise(model) -> None:
+    # transformers starts the router and sinks at zero or unset; random values make experts and sinks matter.
+    for name, weight in model.named_parameters():
+        if name.endswith(("sinks", "router.weight")):
+            torch.nn.init.normal_(weight, std=0.3)
+        elif weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.5 if "embed" in name else HIDDEN**-0.5)
+        elif name.endswith("bias"):
+            torch.nn.init.zeros_(weight)
+
+
+def _train(
+    model, documents: list[Document], seen_ids: np.ndarray, *, seed: int, steps: int
+) -> float:
+    unseen = len(seen_ids)
+    log_others = math.log(VOCAB_SIZE - unseen)
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: min(1, (step + 1) / 10) * (1 - 0.9 * step / max(steps, 1))
+    )
+    loss = torch.tensor(float("nan"))
+    batches = _batches(documents, seen_ids, seed)
+    with logs.progress("tiny teacher", steps, "steps") as bar:
+        for _ in range(steps):
+            tokens_BT, target_BT = next(batches)
+            hidden_BTD = model.model(input_ids=tokens_BT).last_hidden_state
+            where = target_BT >= 0
+            logits_NV = model.lm_head(hidden_BTD[where])
+            logits_NV[:, unseen] += log_others
+            logprobs_NV = logits_NV.log_softmax(dim=-1)
+            realised_N = logprobs_NV.gather(1, target_BT[where][:, None]).mean()
+            loss = -(1 - UNSEEN_MASS) * realised_N - UNSEEN_MASS * logprobs_NV[:, unseen].mean()
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            schedule.step()
+            bar.advance(1)
+    return float(loss.detach())
+
+
+def _batches(
+    documents: list[Document], seen_ids: np.ndarray, seed: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless right-padded batches: compact ids [B, T] and the compact id to predict at t (-1: none) [B, T]."""
+    random = np.random.default_rng(seed)
+    while True:
+        order = random.permutation(len(documents))
+        for start in range(0, len(order), BATCH_DOCUMENTS):
+            chosen = [documents[i] for i in order[start : start + BATCH_DOCUMENTS]]
+            length = max(len(tokens) for tokens, _ in chosen)
+            tokens_BT = np.zeros((len(chosen), length), dtype=np.int64)
+            target_BT = np.full((len(chosen), length), -1, dtype=np.int64)
+            for row, (tokens, spans) in enumerate(chosen):
+                compact_T = np.searchsorted(seen_ids, tokens)
+                tokens_BT[row, : len(tokens)] = compact_T
+                is_target_T = spans[1:] != SPAN_IGNORED
+                target_BT[row, : len(tokens) - 1] = np.where(is_target_T, compact_T[1:], -1)
+            yield torch.from_numpy(tokens_BT), torch.from_numpy(target_BT)
+
+
+def _spread(compact, seen_ids: np.ndarray):
+    """The model over the whole vocabulary; ids never seen get the shared row plus noise of 1 % of its scale."""
+    model = _model(VOCAB_SIZE)
+    state = compact.state_dict()
+    seen = torch.from_numpy(seen_ids.astype(np.int64))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        shared_D, trained_SD = state[name][-1], state[name][:-1]
+        noise_VD = torch.randn(VOCAB_SIZE, HIDDEN) * 0.01
+        full_VD = shared_D + noise_VD
+        full_VD[seen] = trained_SD
+        state[name] = full_VD
+    model.load_state_dict(state)
+    return model.eval()
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--dataset", type=click.Path(path_type=Path), required=True, help="A built dataset.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The model folder.")
+@click.option("--steps", type=click.IntRange(min=1), default=300, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+def main(dataset: Path, out: Path, steps: int, seed: int) -> None:
+    """Make the tiny teacher from a built dataset."""
+    logs.setup()
+    make_tiny_teacher(out, dataset, seed=seed, steps=steps)
+
+
+if __name__ == "__main__":
+    main()
