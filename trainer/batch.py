@@ -1,0 +1,179 @@
+"""A micro-batch as tensors, from packed rows and their stored targets. Pure.
+
+Legend: B rows, T positions of a row, K stored entries of a position (padded), N target positions of the batch,
+C classes (reasoning, final, control). Convention: entry t scores the prediction of token t+1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.errors import AlignmentError
+from common.tokenizer import FIRST_CONTROL_ID, PAD, VOCAB_SIZE
+from datastore.target import row_target
+from datastore.types import DocTarget, PackedRow, SparseTarget
+
+CLASSES = ("reasoning", "final", "control")
+NO_DOCUMENT = -1
+NO_TOP = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Batch:
+    """What a training or evaluation step needs of B packed rows of T tokens.
+
+    tokens_BT: int64. doc_ids_BT: int32, number of the document in its row, -1 on padding.
+    labels_BT: int64, token t+1; PAD where position t has none (last token of a document, padding).
+    label_spans_BT: uint8, span of token t+1; 0 where it is no target, so never across documents.
+    is_control_BT: bool, the label is a target and a control id (>= 199998).
+    target_index_N: int64, ascending flat indices (b * T + t) of the target positions: known on the host, so
+        that selecting them never waits for a device.
+    has_target_BT: bool, target positions of scored rows. target_ids_BTK: int32, target_weights_BTK: float32, its
+        sparse target; unused entries have weight 0 and id 0. K is the longest of this batch, 0 without scored rows.
+    teacher_logprob_BT: float32, the teacher's logprob of the label; 0 where not scored.
+    teacher_top_BT: int64, the teacher's most probable id; -1 where not scored or where no id reached the threshold.
+    entropy_sums_C: float64, the teacher's exact entropy in nats summed over the scored targets of each class.
+    """
+
+    tokens_BT: torch.Tensor
+    doc_ids_BT: torch.Tensor
+    labels_BT: torch.Tensor
+    label_spans_BT: torch.Tensor
+    is_control_BT: torch.Tensor
+    target_index_N: torch.Tensor
+    has_target_BT: torch.Tensor
+    target_ids_BTK: torch.Tensor
+    target_weights_BTK: torch.Tensor
+    teacher_logprob_BT: torch.Tensor
+    teacher_top_BT: torch.Tensor
+    entropy_sums_C: torch.Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on `device`; copies from pinned memory do not wait."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, function: Any) -> Batch:
+        return Batch(**{field.name: function(getattr(self, field.name)) for field in fields(self)})
+
+
+def make_batch(
+    rows: Sequence[PackedRow], documents: Sequence[list[DocTarget] | None] | None = None
+) -> Batch:
+    """The batch of `rows` (at least one, all of one length) with their targets, None where a row is not scored.
+
+    `documents` holds per row what `TargetStore.documents` returns; left out, no row is scored.
+    Raises AlignmentError when targets belong to other tokens, miss a target position or hold an impossible entry.
+    """
+    documents = [None] * len(rows) if documents is None else documents
+    tokens_BT = np.stack([row.tokens_T for row in rows])
+    doc_ids_BT = np.stack([_document_numbers(row) for row in rows])
+    label_spans_BT = _shift_within(np.stack([row.spans_T for row in rows]), doc_ids_BT, 0)
+    labels_BT = _shift_within(tokens_BT, doc_ids_BT, PAD)
+    is_target_BT = label_spans_BT != 0
+    targets = [
+        None if of_row is None else row_target(of_row, row)
+        for row, of_row in zip(rows, documents, strict=True)
+    ]
+    return Batch(
+        tokens_BT=torch.from_numpy(tokens_BT.astype(np.int64)),
+        doc_ids_BT=torch.from_numpy(doc_ids_BT),
+        labels_BT=torch.from_numpy(labels_BT.astype(np.int64)),
+        label_spans_BT=torch.from_numpy(label_spans_BT),
+        is_control_BT=torch.from_numpy(is_target_BT & (labels_BT >= FIRST_CONTROL_ID)),
+        target_index_N=torch.from_numpy(np.flatnonzero(is_target_BT)),
+        entropy_sums_C=torch.from_numpy(_entropy_sums(documents)),
+        **_dense_targets(targets, is_target_BT),
+    )
+
+
+def _document_numbers(row: PackedRow) -> np.ndarray:
+    num_tokens, num_documents = len(row.tokens_T), len(row.doc_ends_D)
+    doc_ids_T = np.searchsorted(row.doc_ends_D, np.arange(num_tokens), side="right")
+    return np.where(doc_ids_T < num_documents, doc_ids_T, NO_DOCUMENT).astype(np.int32)
+
+
+def _shift_within(values_BT: np.ndarray, doc_ids_BT: np.ndarray, fill: int) -> np.ndarray:
+    """Entry t holds the value of t+1 if both lie in one document, else `fill`."""
+    shifted_BT = np.full_like(values_BT, fill)
+    same_BS = (doc_ids_BT[:, :-1] == doc_ids_BT[:, 1:]) & (doc_ids_BT[:, 1:] != NO_DOCUMENT)
+    shifted_BT[:, :-1] = np.where(same_BS, values_BT[:, 1:], fill)
+    return shifted_BT
+
+
+def _entropy_sums(documents: Sequence[list[DocTarget] | None]) -> np.ndarray:
+    sums = [document.entropy_sums for of_row in documents if of_row for document in of_row]
+    per_document = [[getattr(each, name) for name in CLASSES] for each in sums]
+    return np.array(per_document, dtype=np.float64).reshape(-1, len(CLASSES)).sum(axis=0)
+
+
+def _dense_targets(
+    targets: Sequence[SparseTarget | None], is_target_BT: np.ndarray
+) -> dict[str, torch.Tensor]:
+    """CSR of every row into padded arrays over all positions of the batch."""
+    num_rows, num_positions = is_target_BT.shape
+    scored = [(b, target) for b, target in enumerate(targets) if target is not None]
+    width = max((int(_num_entries(target).max(initial=0)) for _, target in scored), default=0)
+    ids_BTK = np.zeros((num_rows, num_positions, width), dtype=np.int32)
+    weights_BTK = np.zeros((num_rows, num_positions, width), dtype=np.float32)
+    logprob_BT = np.zeros((num_rows, num_positions), dtype=np.float32)
+    top_BT = np.full((num_rows, num_positions), NO_TOP, dtype=np.int64)
+    has_target_BT = np.zeros((num_rows, num_positions), dtype=bool)
+    for b, target in scored:
+        _require_complete(target, is_target_BT[b])
+        num_entries_P = _num_entries(target)
+        starts_P = target.offsets_P1[:-1]
+        rows_E = np.repeat(target.positions_P, num_entries_P)
+        columns_E = np.arange(len(target.ids_E)) - np.repeat(starts_P, num_entries_P)
+        ids_BTK[b, rows_E, columns_E] = target.ids_E
+        weights_BTK[b, rows_E, columns_E] = target.weights_E
+        logprob_BT[b, target.positions_P] = target.realised_logprob_P
+        first_P = target.ids_E[starts_P]
+        top_BT[b, target.positions_P] = np.where(target.num_head_P > 0, first_P, NO_TOP)
+        has_target_BT[b, target.positions_P] = True
+    return {
+        "has_target_BT": torch.from_numpy(has_target_BT),
+        "target_ids_BTK": torch.from_numpy(ids_BTK),
+        "target_weights_BTK": torch.from_numpy(weights_BTK),
+        "teacher_logprob_BT": torch.from_numpy(logprob_BT),
+        "teacher_top_BT": torch.from_numpy(top_BT),
+    }
+
+
+def _num_entries(target: SparseTarget) -> np.ndarray:
+    return np.diff(target.offsets_P1)
+
+
+def _require_complete(target: SparseTarget, is_target_T: np.ndarray) -> None:
+    expected_P = np.flatnonzero(is_target_T)
+    if not np.array_equal(target.positions_P, expected_P):
+        raise AlignmentError(
+            "the scored positions of a row are not its target positions",
+            got=f"{len(target.positions_P)} positions",
+            expected=f"{len(expected_P)}, those whose next token is a target",
+            remedy="score this dataset again",
+        )
+    if len(expected_P) and not np.all(_num_entries(target) > 0):
+        empty = int(target.positions_P[np.argmin(_num_entries(target))])
+        raise AlignmentError(
+            f"position {empty} of a scored row has no entry", remedy="score this dataset again"
+        )
+    if not np.all((target.ids_E >= 0) & (target.ids_E < VOCAB_SIZE)):
+        raise AlignmentError(
+            "a teacher entry lies outside the vocabulary",
+            got=f"ids {target.ids_E.min()} to {target.ids_E.max()}",
+            expected=f"0 to {VOCAB_SIZE - 1}",
+        )
+    weights_E, logprob_P = target.weights_E, target.realised_logprob_P
+    if not (np.all(np.isfinite(weights_E) & (weights_E > 0)) and np.all(np.isfinite(logprob_P))):
+        raise AlignmentError(
+            "a teacher entry is no number", expected="weights > 0 and finite logprobs"
+        )

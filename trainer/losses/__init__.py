@@ -1,0 +1,1 @@
+"""The one loss of training, its fused function, and what is logged of it."""
