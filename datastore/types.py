@@ -36,11 +36,14 @@ class RenderedDoc:
     """One document in Harmony.
 
     doc_id: 16 bytes, blake2b-128 of synth_id in UTF-8. tokens_T: int32. spans_T: uint8.
+    analysis_cut, user_cut: content tokens that truncation removed from the left of that message.
     """
 
     doc_id: bytes
     tokens_T: np.ndarray
     spans_T: np.ndarray
+    analysis_cut: int = 0
+    user_cut: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
