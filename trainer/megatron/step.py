@@ -1,0 +1,274 @@
+"""One optimizer step on Megatron-Core: DDP, its forward-backward schedule, AdamW, clipping.
+
+Scaling. The loss of a micro-batch is a sum with coefficients 1 / N_s, N_s the span's positions in the whole global
+batch, so micro-batches and ranks simply add. Megatron divides instead: pipeline_parallel/schedules.py:253 by the number of
+micro-batches M, distributed/distributed_data_parallel.py by the data-parallel size D (expert gradients too, whose sum
+over EP is made by the dispatcher). So the loss handed over is multiplied by M * D. The router's balance loss is a mean
+over rows and takes both divisions as they are (schedules.py:277, MoEAuxLossAutoScaler).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import Float16Module
+
+from common.errors import VpmoeError
+from trainer.batch import Batch
+from trainer.config import KDConfig
+from trainer.losses.fused_linear import WHOLE_VOCAB, VocabShard
+from trainer.losses.objective import batch_loss, evaluate_batch
+from trainer.losses.report import loss_metrics
+from trainer.losses.spans import span_counts
+from trainer.megatron.attention import PackedRows
+from trainer.megatron.router import StudentRouter
+from trainer.megatron.student import Student, build_student
+from trainer.megatron.topology import Topology
+from trainer.router_load import router_metrics
+
+
+class DivergedError(VpmoeError):
+    """A loss or gradient is no finite number; the weights are those of the step before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """Numbers of one step, the same on every rank. values: flat names as in metrics.jsonl. seconds: by phase, this rank."""
+
+    loss: float
+    values: dict[str, float]
+    seconds: dict[str, float]
+
+
+class Trainer:
+    """The student, its gradients and its optimizer on this rank."""
+
+    def __init__(self, config: KDConfig, topology: Topology, seq_len: int) -> None:
+        self.config, self.topology = config, topology
+        self.student = build_student(config.student, config, config.parallel, seq_len)
+        self.model = _with_ddp(self.student, config)
+        self.optimizer = get_megatron_optimizer(
+            _optimizer_config(config),
+            [self.model],
+            config_overrides=_no_decay(),
+            use_gloo_process_groups=False,
+        )
+        self.routers = [
+            module for module in self.student.modules() if isinstance(module, StudentRouter)
+        ]
+        self.shard = _vocab_shard(self.student, topology)
+        self.student.config.finalize_model_grads_func = self._finalize
+        self._schedule = get_forward_backward_func()
+
+    def step(
+        self, micro_batches: Sequence[Batch], learning_rate: float, clock: Clock
+    ) -> StepReport:
+        """Forward and backward over this rank's micro-batches (on its device), then one optimizer step.
+
+        Raises DivergedError on every rank when any rank meets a number that is not finite; no weight has changed then.
+        """
+        self.model.train()
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        counts = self.topology.sum(sum(span_counts(batch) for batch in micro_batches))
+        sums_CM = self.topology.sum(self._forward_backward(micro_batches, counts, clock))
+        clock.mark("optimizer")
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        values = loss_metrics(sums_CM)
+        self._require_finite(values["loss/total"], grad_norm)
+        self._update(learning_rate, grad_norm)
+        values |= {"grad_norm": grad_norm} | self._router_values()
+        return StepReport(loss=values["loss/total"], values=values, seconds=clock.read())
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, counts: torch.Tensor) -> torch.Tensor:
+        """Sums of one batch on this rank for `loss_metrics`, counts being the span counts of the whole evaluation."""
+        self.model.eval()
+        hidden_BTD = self._hidden(self.model, batch)
+        return evaluate_batch(
+            hidden_BTD,
+            self.student.output_layer.weight,
+            batch,
+            counts,
+            self.config.loss,
+            self.shard,
+        )
+
+    def _forward_backward(
+        self, micro_batches: Sequence[Batch], counts: torch.Tensor, clock: Clock
+    ) -> torch.Tensor:
+        scale = len(micro_batches) * self.topology.dp_size
+
+        def forward(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+            clock.mark("forward")
+            batch = next(batches)
+            return self._hidden(model, batch), partial(loss_of, batch)
+
+        def loss_of(batch: Batch, hidden_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            loss, sums_CM = batch_loss(
+                hidden_BTD,
+                self.student.output_layer.weight,
+                batch,
+                counts,
+                self.config.loss,
+                self.shard,
+            )
+            clock.mark("backward")
+            return loss * scale, sums_CM
+
+        sums = self._schedule(
+            forward_step_func=forward,
+            data_iterator=iter(micro_batches),
+            model=self.model,
+            num_microbatches=len(micro_batches),
+            seq_length=micro_batches[0].tokens_BT.shape[1],
+            micro_batch_size=len(micro_batches[0].tokens_BT),
+        )
+        return torch.stack(sums).sum(dim=0)
+
+    def _hidden(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """Final hidden states [B, T, D], in the model's dtype."""
+        keywords = {"fp32_output": False} if self.config.precision == "bf16" else {}
+        hidden_SBD = model(
+            batch.tokens_BT,
+            None,
+            None,
+            packed_seq_params=PackedRows(document_BS=batch.doc_ids_BT),
+            padding_mask=batch.doc_ids_BT < 0,
+            **keywords,
+        )
+        if self.config.parallel.sequence_parallel:
+            # The loss hands back the whole gradient of hidden on every rank: the backward of this gather only splits it.
+            hidden_SBD = gather_from_sequence_parallel_region(
+                hidden_SBD, tensor_parallel_output_grad=False
+            )
+        return hidden_SBD.transpose(0, 1)
+
+    def _finalize(self, model: list[torch.nn.Module], *arguments: Any, **keywords: Any) -> None:
+        """Keep the router's counts, which Megatron clears after its bias update, then let it finish the gradients."""
+        self.routed_LE = torch.stack([router.local_tokens_per_expert for router in self.routers])
+        finalize_model_grads(model, *arguments, **keywords)
+
+    def _require_finite(self, loss: float, grad_norm: float) -> None:
+        finite = torch.isfinite(torch.tensor([loss, grad_norm], dtype=torch.float64)).all()
+        everywhere = finite.to(self.topology.device, torch.int32).view(1)
+        dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)
+        if not int(everywhere):
+            raise DivergedError(
+                "the loss or the gradient is not finite",
+                got=f"loss {loss}, gradient norm {grad_norm}",
+                remedy="lower optimizer.lr or lengthen schedule.warmup, and start again from a checkpoint before this",
+            )
+
+    def _update(self, learning_rate: float, grad_norm: float) -> None:
+        """ChainedOptimizer.step (optimizer/optimizer.py:1300) from its clipping on: the norm was checked in between."""
+        config = self.config.optimizer
+        for optimizer in self.optimizer.chained_optimizers:
+            clip_grad_by_total_norm_fp32(
+                optimizer.get_parameters(), max_norm=config.clip, total_norm=grad_norm
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+            group["weight_decay"] = config.weight_decay * group["wd_mult"]
+        self.optimizer.step_with_ready_grads()
+
+    def _router_values(self) -> dict[str, float]:
+        dist.all_reduce(self.routed_LE)
+        aux = self.topology.sum(
+            torch.stack([router.take_aux_loss() for router in self.routers]).sum()
+        )
+        biases_LE = torch.stack([router.expert_bias for router in self.routers])
+        values = router_metrics(self.routed_LE, biases_LE)
+        return values | {"router/aux_loss": float(aux) / self.config.batch.global_batch_size}
+
+
+class Clock:
+    """Seconds by phase on one rank: `mark` starts a phase, which ends at the next mark; `read` ends the last one.
+
+    On CUDA the marks are events in the stream, so that measuring does not wait until `read`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = []
+
+    def mark(self, phase: str) -> None:
+        """The phase that starts now."""
+        self._marks.append((phase, self._now()))
+
+    def read(self) -> dict[str, float]:
+        """Seconds of each phase since the last read."""
+        self.mark("end")
+        if self._cuda:
+            torch.cuda.synchronize()
+        seconds: dict[str, float] = {}
+        for (phase, start), (_, end) in zip(self._marks, self._marks[1:], strict=False):
+            elapsed = start.elapsed_time(end) / 1e3 if self._cuda else end - start
+            seconds[phase] = seconds.get(phase, 0.0) + elapsed
+        self._marks.clear()
+        return seconds
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _with_ddp(student: Student, config: KDConfig) -> DistributedDataParallel:
+    module = Float16Module(student.config, student) if config.precision == "bf16" else student
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=False
+    )
+    return DistributedDataParallel(student.config, ddp, module)
+
+
+def _optimizer_config(config: KDConfig) -> MegatronOptimizerConfig:
+    of = config.optimizer
+    return MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=of.lr,
+        min_lr=config.schedule.min_lr,
+        weight_decay=of.weight_decay,
+        adam_beta1=of.betas[0],
+        adam_beta2=of.betas[1],
+        adam_eps=of.eps,
+        clip_grad=of.clip,
+        bf16=config.precision == "bf16",
+        params_dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
+    )
+
+
+def _no_decay() -> dict[ParamKey, ParamGroupOverride]:
+    """Vectors, and the experts' biases, which are batched to two axes."""
+
+    def without_decay(parameter: torch.nn.Parameter, name: str) -> bool:
+        return parameter.ndim == 1 or name.endswith("bias")
+
+    key = ParamKey(with_name_predicate=ParamWithNamePredicate(name="no_decay", fn=without_decay))
+    return {key: ParamGroupOverride(wd_mult=0.0)}
+
+
+def _vocab_shard(student: Student, topology: Topology) -> VocabShard:
+    if topology.tp_size == 1:
+        return WHOLE_VOCAB
+    return VocabShard(
+        start=topology.tp_rank * student.output_layer.weight.shape[0], group=topology.tp_group
+    )

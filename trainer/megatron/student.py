@@ -1,0 +1,212 @@
+"""The student: Megatron-Core's GPTModel from our specs, returning hidden states (the loss owns the lm_head product).
+
+Every layer gets a fresh spec: models/gpt/gpt_layer_specs.py repeats one object, and an edit to one layer would reach all.
+`core_attention`, `linear_qkv` and `MoESubmodules.router` are plain callables there, the other slots go through build_module
+(transformer/attention.py:318,1267, transformer/moe/moe_layer.py:166).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from trainer.config import ModelRuntime, ParallelConfig, StudentConfig
+from trainer.megatron.attention import CoreAttention
+from trainer.megatron.experts import RMSNorm, RoutedExperts, SharedExpert, relu_squared
+from trainer.megatron.router import StudentRouter
+
+
+class Student(GPTModel):
+    """GPTModel whose forward ends at the final norm: it returns [S, B, D], under sequence parallelism this rank's S.
+
+    The lm_head is `output_layer.weight` [V / TP, D], untied from the embedding; losses multiply by it in chunks, so logits
+    [S, B, V] never exist.
+    """
+
+    def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return hidden_states
+
+
+def build_student(
+    student: StudentConfig, runtime: ModelRuntime, parallel: ParallelConfig, seq_len: int
+) -> Student:
+    """The model on this rank's device, initialised from the seeded generators."""
+    config = transformer_config(student, runtime, parallel)
+    model = Student(
+        config,
+        block_spec(student, runtime, config),
+        vocab_size=student.vocab_size,
+        max_sequence_length=seq_len,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+        rotary_base=student.rotary_base,
+    )
+    return model if runtime.device == "cpu" else model.cuda()
+
+
+def transformer_config(
+    student: StudentConfig, runtime: ModelRuntime, parallel: ParallelConfig
+) -> TransformerConfig:
+    """Megatron's config. Its defaults that would add dropout, fused kernels of other paths or another norm are set here."""
+    dtype = torch.bfloat16 if runtime.precision == "bf16" else torch.float32
+    return TransformerConfig(
+        num_layers=student.layers,
+        hidden_size=student.hidden,
+        num_attention_heads=student.heads,
+        num_query_groups=student.kv_groups,
+        kv_channels=student.head_dim,
+        ffn_hidden_size=student.ffn,
+        activation_func=relu_squared,
+        gated_linear_unit=False,
+        add_bias_linear=True,
+        normalization="RMSNorm",
+        layernorm_epsilon=student.norm_eps,
+        qk_layernorm=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=student.init_std,
+        window_size=(student.window - 1, 0),
+        window_attn_skip_freq=student.global_every,
+        no_rope_freq=student.global_every,
+        rotary_interleaved=False,
+        num_moe_experts=student.experts,
+        moe_layer_freq=[0] * student.dense_layers + [1] * (student.layers - student.dense_layers),
+        moe_ffn_hidden_size=student.expert_width,
+        moe_shared_expert_intermediate_size=student.shared_width,
+        **_router_settings(student),
+        moe_token_dispatcher_type="allgather" if runtime.device == "cpu" else "alltoall",
+        tensor_model_parallel_size=parallel.tensor,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1,
+        sequence_parallel=parallel.sequence_parallel,
+        bf16=runtime.precision == "bf16",
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        deterministic_mode=runtime.deterministic,
+        use_cpu_initialization=runtime.device == "cpu",
+        recompute_granularity="full" if runtime.recompute else None,
+        recompute_method="uniform" if runtime.recompute else None,
+        recompute_num_layers=1 if runtime.recompute else None,
+        hetereogenous_dist_checkpoint=True,
+        cuda_graph_scope=[],
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+    )
+
+
+def _router_settings(student: StudentConfig) -> dict[str, Any]:
+    router = student.router
+    return {
+        "moe_router_topk": student.experts_per_token,
+        "moe_router_num_groups": router.groups,
+        "moe_router_group_topk": router.group_topk,
+        "moe_router_topk_scaling_factor": router.scaling,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_dtype": "fp32",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": router.bias_update_rate,
+        "moe_router_load_balancing_type": "seq_aux_loss",
+        "moe_aux_loss_coeff": router.aux_loss,
+    }
+
+
+def block_spec(
+    student: StudentConfig, runtime: ModelRuntime, config: TransformerConfig
+) -> TransformerBlockSubmodules:
+    """One fresh spec for each layer, and the final norm."""
+    layers = [
+        _layer_spec(dense=number < student.dense_layers, runtime=runtime)
+        for number in range(student.layers)
+    ]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_parts(runtime)["norm"])
+
+
+def _layer_spec(*, dense: bool, runtime: ModelRuntime) -> ModuleSpec:
+    part = _parts(runtime)
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=part["norm_before_linear"],
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=part["norm_column"],
+                    core_attention=partial(CoreAttention, backend=runtime.core_attention),
+                    linear_proj=part["row"],
+                    q_layernorm=part["norm"],
+                    k_layernorm=part["norm"],
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=part["norm_before_linear"] if dense else part["norm"],
+            mlp=_dense_spec(part) if dense else _experts_spec(part, runtime),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=_norm_keys(dense)
+            if runtime.transformer_impl == "local"
+            else {},
+        ),
+    )
+
+
+def _dense_spec(part: dict[str, Any]) -> ModuleSpec:
+    return ModuleSpec(
+        module=MLP, submodules=MLPSubmodules(linear_fc1=part["norm_column"], linear_fc2=part["row"])
+    )
+
+
+def _experts_spec(part: dict[str, Any], runtime: ModelRuntime) -> ModuleSpec:
+    shared = MLPSubmodules(linear_fc1=part["column"], linear_fc2=part["row"])
+    return ModuleSpec(
+        module=MoELayer,
+        submodules=MoESubmodules(
+            experts=ModuleSpec(module=RoutedExperts, params={"compute": runtime.expert_compute}),
+            shared_experts=ModuleSpec(module=SharedExpert, submodules=shared),
+            router=StudentRouter,
+        ),
+    )
+
+
+def _parts(runtime: ModelRuntime) -> dict[str, Any]:
+    """Norms and linear layers: Megatron's local ones, or TransformerEngine's with the norm fused into the next product."""
+    if runtime.transformer_impl == "local":
+        return {
+            "norm": RMSNorm,
+            "norm_before_linear": RMSNorm,
+            "column": ColumnParallelLinear,
+            "norm_column": ColumnParallelLinear,
+            "row": RowParallelLinear,
+        }
+    from megatron.core.extensions import transformer_engine as te
+
+    return {
+        "norm": te.TENorm,
+        "norm_before_linear": IdentityOp,
+        "column": te.TEColumnParallelLinear,
+        "norm_column": te.TELayerNormColumnParallelLinear,
+        "row": te.TERowParallelLinear,
+    }
+
+
+def _norm_keys(dense: bool) -> dict[str, str]:
+    """Checkpoint names of the norms as TransformerEngine's fused layers have them, so both forms read one checkpoint."""
+    keys = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    return keys | ({"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"} if dense else {})

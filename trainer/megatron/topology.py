@@ -1,0 +1,159 @@
+"""Process groups: one `Topology` value from torchrun's environment, or from a single process started plainly."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from common.errors import ConfigError, EngineError
+from trainer.config import ParallelConfig
+
+Device = Literal["cpu", "cuda"]
+_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """Ranks, sizes and groups of this process, passed as a value to whatever communicates.
+
+    The EP group is a part of the DP group: every rank of it reads other rows.
+    """
+
+    device: torch.device
+    rank: int
+    world_size: int
+    dp_rank: int
+    dp_size: int
+    tp_rank: int
+    tp_size: int
+    ep_rank: int
+    ep_size: int
+    dp_group: dist.ProcessGroup
+    tp_group: dist.ProcessGroup
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` summed over the data-parallel ranks, in place."""
+        dist.all_reduce(values, group=self.dp_group)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        dist.barrier()
+
+
+def check_layout(parallel: ParallelConfig) -> None:
+    """Refuse what Megatron-Core 0.16.1 computes wrongly or this trainer does not carry. Raises ConfigError."""
+    refused = [
+        (
+            parallel.pipeline > 1,
+            "parallel.pipeline > 1",
+            "spread with parallel.expert and data parallelism",
+        ),
+        (
+            parallel.context > 1,
+            "parallel.context > 1",
+            "packed rows of 2048 fit one device; set it to 1",
+        ),
+        (
+            parallel.tensor > 1 and parallel.expert == 1,
+            "parallel.tensor > 1 with parallel.expert = 1 (0.16.1 never sums expert gradients over TP there)",
+            "set parallel.tensor=1, or parallel.expert to a multiple of it",
+        ),
+        (
+            parallel.tensor > 1 and not parallel.sequence_parallel,
+            "parallel.tensor > 1 without parallel.sequence_parallel",
+            "set parallel.sequence_parallel=true",
+        ),
+        (
+            parallel.sequence_parallel and parallel.tensor == 1,
+            "parallel.sequence_parallel with parallel.tensor = 1",
+            "set parallel.sequence_parallel=false",
+        ),
+        (
+            parallel.distributed_optimizer,
+            "parallel.distributed_optimizer (its 0.16.1 resume shares one step counter among all parameters)",
+            "set it to false; parallel.expert spreads the expert states",
+        ),
+    ]
+    for unsupported, what, remedy in refused:
+        if unsupported:
+            raise ConfigError(f"{what} is not supported", remedy=remedy)
+
+
+@contextlib.contextmanager
+def distributed(device: Device, parallel: ParallelConfig, seed: int) -> Iterator[Topology]:
+    """Start the process groups and seed every generator; taken down on a clean exit of the block.
+
+    After an error nothing is waited for: the other ranks may be gone.
+    """
+    check_layout(parallel)
+    if device == "cpu":
+        from trainer.megatron import cpu
+
+        cpu.install()
+    from megatron.core import parallel_state, tensor_parallel
+
+    rank, world_size = _start_process_group(device)
+    if world_size % (parallel.tensor * parallel.expert):
+        raise ConfigError(
+            "the number of processes",
+            got=world_size,
+            expected="a multiple of parallel.tensor * parallel.expert",
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1,
+        create_gloo_process_groups=False,
+    )
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    yield _topology(device, rank, world_size)
+    dist.barrier()
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def _start_process_group(device: Device) -> tuple[int, int]:
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise EngineError(
+                "device: cuda, but no CUDA device is visible",
+                remedy="set device=cpu for the CPU path",
+            )
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "nccl" if device == "cuda" else "gloo"
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=_TIMEOUT)
+    else:
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT
+        )
+    return dist.get_rank(), dist.get_world_size()
+
+
+def _topology(device: Device, rank: int, world_size: int) -> Topology:
+    from megatron.core import parallel_state as state
+
+    return Topology(
+        device=torch.device("cpu")
+        if device == "cpu"
+        else torch.device("cuda", torch.cuda.current_device()),
+        rank=rank,
+        world_size=world_size,
+        dp_rank=state.get_data_parallel_rank(),
+        dp_size=state.get_data_parallel_world_size(),
+        tp_rank=state.get_tensor_model_parallel_rank(),
+        tp_size=state.get_tensor_model_parallel_world_size(),
+        ep_rank=state.get_expert_model_parallel_rank(),
+        ep_size=state.get_expert_model_parallel_world_size(),
+        dp_group=state.get_data_parallel_group(),
+        tp_group=state.get_tensor_model_parallel_group(),
+    )
