@@ -10,12 +10,16 @@ from common.config import PROJECT_ROOT
 
 
 def git_sha() -> str | None:
-    """The project's commit, with '-dirty' when tracked files differ from it; None outside a checkout."""
+    """The project's commit, with '-dirty' when tracked files differ from it.
+
+    In a container image: the commit that the image was built from (its file GIT_SHA). None elsewhere.
+    """
     try:
         sha = _git("rev-parse", "HEAD")
         dirty = _git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        built_from = PROJECT_ROOT / "GIT_SHA"
+        return built_from.read_text().strip() if built_from.is_file() else None
     return sha + ("-dirty" if dirty else "")
 
 
