@@ -37,7 +37,7 @@ _FP16_ERROR = 2.0**-8  # of a logprob between -8 and 0; a smaller mass does not 
 def steps_per_nat(threshold: float) -> int:
     """Resolution of head logprobs: the finer of 64 and 32 whose 255 steps reach ln(threshold).
 
-    64 down to 1/52 (error <= 1/128 nat), 32 down to 1/255 (error <= 1/64 nat).
+    64 down to 1/52 (error <= 1/128 nat), 32 down to 1/254 (error <= 1/64 nat).
     """
     require_threshold(threshold)
     return 64 if -math.log(threshold) * 64 <= 254 else 32

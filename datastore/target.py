@@ -26,7 +26,8 @@ from datastore.types import (
 )
 
 LOWEST_LOGPROB = -65504.0  # the lowest finite fp16
-MIN_THRESHOLD, MAX_THRESHOLD = 1 / 255, 1 / 2
+# Below 1/254 a flat distribution could take 256 draws, which a byte cannot count.
+MIN_THRESHOLD, MAX_THRESHOLD = 1 / 254, 1 / 2
 NORMALISATION_TOLERANCE = 1e-3
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
@@ -94,9 +95,9 @@ def entropy_sums(
 
 
 def require_threshold(threshold: float) -> None:
-    """FormatError unless `threshold` lies in [1/255, 1/2], the range that the codec holds."""
+    """FormatError unless `threshold` lies in [1/254, 1/2], the range that the codec holds."""
     if not MIN_THRESHOLD <= threshold <= MAX_THRESHOLD:
-        raise FormatError("threshold of a target", got=threshold, expected="1/255 to 1/2")
+        raise FormatError("threshold of a target", got=threshold, expected="1/254 to 1/2")
 
 
 def reduce_logprobs(

@@ -1,0 +1,231 @@
+"""The error budget of teacher targets: what was kept of the teacher, what storing it cost, per span. Pure.
+
+Sums are merged over rows and shards (in shard order, so that the last bits repeat) and become means once, at the end.
+`control` (token t+1 is a control id) is reported beside the spans and counted in them too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from pydantic import Field, ValidationError
+
+from common.config import Config
+from common.errors import AlignmentError, FormatError
+from datastore.codec import decode_blob
+from datastore.target import class_masks, row_target, target_positions
+from datastore.types import DocTarget, PackedRow, SparseTarget
+
+
+class ClassSums(Config):
+    """Sums over the positions of one class. kl_max is a maximum; entropy is the teacher's exact one; nats."""
+
+    positions: int = 0
+    entries: int = 0
+    head_mass: float = 0.0
+    tail_mass: float = 0.0
+    kl: float = 0.0
+    kl_max: float = 0.0
+    realised_logprob: float = 0.0
+    entropy: float = 0.0
+
+    def merged(self, other: ClassSums) -> ClassSums:
+        """The sums of both."""
+        mine, theirs = self.model_dump(), other.model_dump()
+        merged = {name: mine[name] + theirs[name] for name in mine}
+        return ClassSums(**{**merged, "kl_max": max(self.kl_max, other.kl_max)})
+
+
+class BudgetSums(Config):
+    """Sums over rows. positions: of both spans together. blob_bytes: of their blobs."""
+
+    positions: int = 0
+    blob_bytes: int = 0
+    reasoning: ClassSums = ClassSums()
+    final: ClassSums = ClassSums()
+    control: ClassSums = ClassSums()
+
+    def merged(self, other: BudgetSums) -> BudgetSums:
+        """The sums of both. Addition of floats: merge shards in their order to repeat the last bits."""
+        return BudgetSums(
+            positions=self.positions + other.positions,
+            blob_bytes=self.blob_bytes + other.blob_bytes,
+            reasoning=self.reasoning.merged(other.reasoning),
+            final=self.final.merged(other.final),
+            control=self.control.merged(other.control),
+        )
+
+    def budget(self) -> Budget:
+        """The means that go to the target manifest."""
+        return Budget(
+            positions=self.positions,
+            bytes_per_token=self.blob_bytes / max(self.positions, 1),
+            reasoning=_class_budget(self.reasoning),
+            final=_class_budget(self.final),
+            control=_class_budget(self.control),
+        )
+
+
+class ClassBudget(Config):
+    """Means over the positions of one class.
+
+    head_mass, tail_mass: probability kept exactly, and sampled. kl_mean, kl_max: nats lost by storing, see
+    `quantisation_kl`. realised_logprob: of the text's own tokens. entropy: the teacher's. entries: stored ids.
+    """
+
+    positions: int
+    entries: float
+    head_mass: float
+    tail_mass: float
+    kl_mean: float
+    kl_max: float
+    realised_logprob: float
+    entropy: float
+
+
+class Budget(Config):
+    """The `budget` of a target manifest. A class without positions is null. Bytes count whole blobs."""
+
+    positions: int
+    bytes_per_token: float
+    reasoning: ClassBudget | None
+    final: ClassBudget | None
+    control: ClassBudget | None
+
+
+class BudgetLimits(Config):
+    """What a run accepts of its targets, for each span that has positions; control ids are only reported.
+
+    min_head_mass: mean probability kept exactly; the rest is sampled, unbiased but noisy.
+    max_quantisation_kl: worst position, nats. The codec's own bound is 2e-4 (half a step of 1/32 nat), so more is a
+    broken store. min_realised_logprob: mean; guessing among 201,088 ids gives -12.2, so a low value is a teacher
+    that does not read this text. max_entries: mean stored ids a position, which is memory and time in the loss.
+    """
+
+    min_head_mass: float = Field(default=0.3, ge=0, le=1)
+    max_quantisation_kl: float = Field(default=2e-4, gt=0)
+    min_realised_logprob: float = Field(default=-6.0, le=0)
+    max_entries: float = Field(default=64.0, gt=0)
+
+
+def row_budget(documents: list[DocTarget], blob: bytes, row: PackedRow) -> BudgetSums:
+    """The sums of one row: its reductions before storing against what `blob` gives back.
+
+    documents: as encoded into `blob`, with their exact entropy_P. Raises AlignmentError when they are not the row's,
+    FormatError when the blob cannot be read or returns other ids.
+    """
+    positions = [target_positions(row.tokens_T[s], row.spans_T[s]) for s in row.documents()]
+    exact = row_target(documents, row)
+    stored = row_target(decode_blob(blob, positions), row)
+    if exact.entropy_P is None:
+        raise FormatError("targets without their entropies", expected="those of the reduction")
+    quantities_P = {
+        "entries": np.diff(exact.offsets_P1),
+        "head_mass": _head_sums(exact, exact.weights_E.astype(np.float64)),
+        "tail_mass": np.exp(exact.log_tail_mass_P.astype(np.float64)),
+        "kl": quantisation_kl(exact, stored),
+        "realised_logprob": exact.realised_logprob_P.astype(np.float64),
+        "entropy": exact.entropy_P.astype(np.float64),
+    }
+    masks = class_masks(row.tokens_T, row.spans_T, exact.positions_P)
+    return BudgetSums(
+        positions=len(exact.positions_P),
+        blob_bytes=len(blob),
+        **{name: _class_sums(quantities_P, mask_P) for name, mask_P in masks.items()},
+    )
+
+
+def quantisation_kl(exact: SparseTarget, stored: SparseTarget) -> np.ndarray:
+    """KL divergence in nats of each position, float64 [P], from the head and tail mass to their stored values.
+
+    Generalised to masses that need not sum to 1 (sum p ln(p/q) - p + q, never negative), as the loss uses the stored
+    values as they are. Raises FormatError when the two hold other ids.
+    """
+    if not (
+        np.array_equal(exact.ids_E, stored.ids_E)
+        and np.array_equal(exact.num_head_P, stored.num_head_P)
+        and np.array_equal(exact.offsets_P1, stored.offsets_P1)
+    ):
+        raise FormatError("stored targets hold other ids than their reduction")
+    p_E, q_E = exact.weights_E.astype(np.float64), stored.weights_E.astype(np.float64)
+    head_P = _head_sums(exact, p_E * np.log(p_E / q_E) - p_E + q_E)
+    log_p_P = exact.log_tail_mass_P.astype(np.float64)
+    log_q_P = stored.log_tail_mass_P.astype(np.float64)
+    p_P, q_P = np.exp(log_p_P), np.exp(log_q_P)
+    log_ratio_P = np.zeros(len(p_P))
+    np.subtract(log_p_P, log_q_P, out=log_ratio_P, where=p_P > 0)
+    return head_P + p_P * log_ratio_P - p_P + q_P
+
+
+def require_budget(manifest_budget: dict[str, Any], limits: BudgetLimits) -> Budget:
+    """The budget of a target manifest, refused with every figure outside `limits`.
+
+    Raises FormatError when it is not a budget, AlignmentError when it breaks a limit or scores nothing.
+    """
+    try:
+        budget = Budget.model_validate(manifest_budget)
+    except ValidationError as error:
+        raise FormatError(f"the manifest's error budget: {error}") from None
+    spans = {"reasoning": budget.reasoning, "final": budget.final}
+    faults = [
+        fault for name, span in spans.items() if span for fault in _faults(name, span, limits)
+    ]
+    if faults:
+        raise AlignmentError(
+            "teacher targets are outside the error budget",
+            got="; ".join(faults),
+            remedy="score with another threshold or teacher, or change the limits in the config",
+        )
+    if not budget.positions:
+        raise AlignmentError(
+            "teacher targets score nothing", got="0 positions", remedy="score the dataset"
+        )
+    return budget
+
+
+def _faults(name: str, span: ClassBudget, limits: BudgetLimits) -> list[str]:
+    checks = [
+        (span.head_mass >= limits.min_head_mass, "head mass", span.head_mass, limits.min_head_mass),
+        (span.kl_max <= limits.max_quantisation_kl, "KL", span.kl_max, limits.max_quantisation_kl),
+        (
+            span.realised_logprob >= limits.min_realised_logprob,
+            "realised logprob",
+            span.realised_logprob,
+            limits.min_realised_logprob,
+        ),
+        (span.entries <= limits.max_entries, "entries", span.entries, limits.max_entries),
+    ]
+    return [
+        f"{name} {what} {found:.4g} (limit {limit:.4g})"
+        for within, what, found, limit in checks
+        if not within
+    ]
+
+
+def _head_sums(target: SparseTarget, values_E: np.ndarray) -> np.ndarray:
+    """Sum over the head of each position: float64 [P]."""
+    sums_E1 = np.concatenate([[0.0], np.cumsum(values_E)])
+    starts_P = target.offsets_P1[:-1]
+    return sums_E1[starts_P + target.num_head_P] - sums_E1[starts_P]
+
+
+def _class_sums(quantities_P: dict[str, np.ndarray], mask_P: np.ndarray) -> ClassSums:
+    sums = {name: values_P[mask_P].sum().item() for name, values_P in quantities_P.items()}
+    kl_max = quantities_P["kl"][mask_P].max(initial=0.0).item()
+    return ClassSums(positions=int(mask_P.sum()), kl_max=kl_max, **sums)
+
+
+def _class_budget(sums: ClassSums) -> ClassBudget | None:
+    if not sums.positions:
+        return None
+    return ClassBudget(
+        positions=sums.positions,
+        entries=sums.entries / sums.positions,
+        head_mass=sums.head_mass / sums.positions,
+        tail_mass=sums.tail_mass / sums.positions,
+        kl_mean=sums.kl / sums.positions,
+        kl_max=sums.kl_max,
+        realised_logprob=sums.realised_logprob / sums.positions,
+        entropy=sums.entropy / sums.positions,
+    )
