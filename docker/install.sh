@@ -19,7 +19,7 @@ install_engines() {
         "megatron-core==$MEGATRON_CORE" \
         "transformer-engine==$TRANSFORMER_ENGINE" "transformer-engine-cu13==$TRANSFORMER_ENGINE" \
         "nvdlfw-inspect==$NVDLFW_INSPECT" "nvtx==$NVTX" "importlib-metadata==$IMPORTLIB_METADATA" "zipp==$ZIPP" \
-        "onnx==$ONNX" "onnx-ir==$ONNX_IR" "onnxscript==$ONNXSCRIPT" "ml-dtypes==$ML_DTYPES" "pybind11==$PYBIND11"
+        "onnx==$ONNX" "onnx-ir==$ONNX_IR" "onnxscript==$ONNXSCRIPT" "ml-dtypes==$ML_DTYPES" "pybind11==$PYBIND"
     MAX_JOBS=${MAX_JOBS:-8} NVTE_FRAMEWORK=pytorch \
         python3 -m pip install --no-deps --no-build-isolation "transformer-engine-torch==$TRANSFORMER_ENGINE"
 }
