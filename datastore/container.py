@@ -6,9 +6,10 @@ reach outside the map. Row hashes (datastore/shard.py) then decide whether the n
 
 from __future__ import annotations
 
+import abc
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Generic, NoReturn, TypeVar
 
@@ -32,7 +33,7 @@ class FileEntry(Config):
     sha256: str
 
 
-class MappedShard(Generic[Views]):
+class MappedShard(abc.ABC, Generic[Views]):
     """A memory-mapped shard whose structure was checked; views of a batch are made once, at its first read.
 
     Holds no file descriptor: Arrow's map outlives its file. Not for sharing by pickle; reopen by path instead.
@@ -43,12 +44,11 @@ class MappedShard(Generic[Views]):
         folder: Path,
         entry: FileEntry,
         schema: pa.Schema,
-        view: Callable[[pa.RecordBatch], Views],
         remedy: str,
     ) -> None:
         self.path = Path(folder) / entry.name
         self.num_rows = entry.rows
-        self._bytes, self._view, self._remedy = entry.bytes, view, remedy
+        self._bytes, self._remedy = entry.bytes, remedy
         self._check_size()
         try:
             with pa.memory_map(str(self.path)) as source:
@@ -86,9 +86,13 @@ class MappedShard(Generic[Views]):
             record_batch.validate(full=True)
             if record_batch.num_rows != rows:
                 self._fail(where, got=f"{record_batch.num_rows} rows", expected=rows)
-            return self._view(record_batch)
+            return self._views_of(record_batch)
         except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
             self._fail(where, got=f"'{error}'")
+
+    @abc.abstractmethod
+    def _views_of(self, batch: pa.RecordBatch) -> Views:
+        """Views of a batch whose buffers and offsets are valid. Raises ValueError for what a writer never writes."""
 
     def _check_size(self) -> None:
         try:

@@ -149,7 +149,8 @@ def target_folder(dataset_folder: Path, slug: str) -> Path:
 
 def commit_manifest(folder: Path, manifest: DatasetManifest | TargetManifest) -> None:
     """Write folder/manifest.json atomically: the last write of a stage, which makes the store exist."""
-    values = manifest.resolved() | {_SELF_HASH: _hash(manifest.resolved())}
+    values = manifest.resolved()
+    values[_SELF_HASH] = _hash(values)
     values["files"] = values.pop("files")  # the long list last, for the person who opens the file
     write_json(Path(folder) / MANIFEST_NAME, values)
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import bisect
 import functools
 import itertools
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -27,6 +29,7 @@ from datastore.types import DocTarget, PackedRow, Split
 
 # Open shards kept for each store: maps and views only (no file descriptors), about 0.1 MB of Python objects a shard.
 OPEN_SHARDS = 64
+Opened = TypeVar("Opened")
 
 
 class Dataset:
@@ -35,7 +38,7 @@ class Dataset:
     def __init__(self, path: Path, manifest: DatasetManifest) -> None:
         self.path, self.manifest = path, manifest
         self._index = _RowIndex(manifest)
-        self._shard = functools.lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
+        self._shard = _keep_open(open_token_shard, path, manifest)
 
     @classmethod
     def open(cls, path: Path | str, *, check_sizes: bool = True) -> Dataset:
@@ -63,17 +66,6 @@ class Dataset:
         shard, row = self.locate(split, index)
         return self._shard(split, shard).row(row)
 
-    def _open_shard(self, split: Split, shard: int) -> TokenShard:
-        manifest = self.manifest
-        return TokenShard(
-            self.path,
-            manifest.entries(split)[shard],
-            dataset_id=manifest.dataset_id,
-            split=split,
-            shard=shard,
-            seq_len=manifest.seq_len,
-        )
-
     def __reduce__(self) -> tuple[object, ...]:
         return _reopen_dataset, (self.path, self.manifest.fingerprint)
 
@@ -84,7 +76,7 @@ class TargetStore:
     def __init__(self, dataset: Dataset, manifest: TargetManifest) -> None:
         self.dataset, self.manifest = dataset, manifest
         self.path = target_folder(dataset.path, manifest.slug)
-        self._shard = functools.lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
+        self._shard = _keep_open(open_target_shard, self.path, manifest)
 
     @classmethod
     def open(cls, dataset: Dataset, slug: str, *, check_sizes: bool = True) -> TargetStore:
@@ -125,12 +117,6 @@ class TargetStore:
         blob = self.blob(split, index, row.row_hash)
         return None if blob is None else codec.decode_blob(blob, document_positions(row))
 
-    def _open_shard(self, split: Split, shard: int) -> TargetShard:
-        entry = self.manifest.entries(split)[shard]
-        return TargetShard(
-            self.path, entry, target_id=self.manifest.target_id, split=split, shard=shard
-        )
-
     def __reduce__(self) -> tuple[object, ...]:
         return _reopen_targets, (self.dataset, self.manifest.slug, self.manifest.target_id)
 
@@ -154,6 +140,35 @@ def check_files(folder: Path, manifest: DatasetManifest | TargetManifest, remedy
                 expected=f"{entry.bytes}",
                 remedy=remedy,
             )
+
+
+def open_token_shard(
+    folder: Path, manifest: DatasetManifest, split: Split, shard: int
+) -> TokenShard:
+    """Open one shard that the manifest lists. Raises FormatError."""
+    return TokenShard(
+        folder,
+        manifest.entries(split)[shard],
+        dataset_id=manifest.dataset_id,
+        split=split,
+        shard=shard,
+        seq_len=manifest.seq_len,
+    )
+
+
+def open_target_shard(
+    folder: Path, manifest: TargetManifest, split: Split, shard: int
+) -> TargetShard:
+    """Open one shard of a target folder that its manifest lists. Raises FormatError."""
+    entry = manifest.entries(split)[shard]
+    return TargetShard(folder, entry, target_id=manifest.target_id, split=split, shard=shard)
+
+
+def _keep_open(
+    opener: Callable[..., Opened], folder: Path, manifest: DatasetManifest | TargetManifest
+) -> Callable[[Split, int], Opened]:
+    """`opener` for (split, shard), keeping the last OPEN_SHARDS. Holds no reference to its store: no cycle, no wait."""
+    return functools.lru_cache(maxsize=OPEN_SHARDS)(functools.partial(opener, folder, manifest))
 
 
 class _RowIndex:

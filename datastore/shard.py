@@ -208,7 +208,7 @@ class TokenShard(MappedShard[_TokenViews]):
         self._seq_len = seq_len
         self._place = {"dataset_id": dataset_id, "split": split, "shard": shard}
         schema = _token_schema(dataset_id, split, shard, seq_len)
-        super().__init__(folder, entry, schema, self._token_views, _REMEDY)
+        super().__init__(folder, entry, schema, _REMEDY)
 
     def row(self, index: int) -> PackedRow:
         """Row `index` as read-only views, its hash checked. Raises FormatError, IndexError."""
@@ -231,7 +231,7 @@ class TokenShard(MappedShard[_TokenViews]):
         check_row(row, self._seq_len, f"shard {self.path} row {index} is damaged")
         return row
 
-    def _token_views(self, batch: pa.RecordBatch) -> _TokenViews:
+    def _views_of(self, batch: pa.RecordBatch) -> _TokenViews:
         tokens, spans, doc_ends, doc_ids, hashes = batch.columns
         if any(array.null_count for column in batch.columns for array in _with_children(column)):
             raise ValueError("null values in a column that has none")
@@ -264,7 +264,7 @@ class TargetShard(MappedShard[_BlobViews]):
     ) -> None:
         self._place = {"target_id": target_id, "split": split, "shard": shard}
         schema = _target_schema(target_id, split, shard)
-        super().__init__(folder, entry, schema, self._blob_views, _TARGET_REMEDY)
+        super().__init__(folder, entry, schema, _TARGET_REMEDY)
 
     def blob(self, index: int, row_hash: int) -> bytes | None:
         """The blob of row `index`, or None when that row was not scored; its hash checked.
@@ -292,7 +292,7 @@ class TargetShard(MappedShard[_BlobViews]):
             )
         return blob if present else None
 
-    def _blob_views(self, batch: pa.RecordBatch) -> _BlobViews:
+    def _views_of(self, batch: pa.RecordBatch) -> _BlobViews:
         blobs, row_hashes, blob_hashes = batch.columns
         if row_hashes.null_count or blob_hashes.null_count:
             raise ValueError("null values in a column that has none")

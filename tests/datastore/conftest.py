@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -11,19 +12,32 @@ import numpy as np
 import pytest
 
 from common import tokenizer
+from datastore import codec
+from datastore.budget import BudgetSums, row_budget
 from datastore.harmony import RenderConfig, Renderer
 from datastore.manifest import (
     DatasetManifest,
     SpanTokens,
     SplitCounts,
+    TargetManifest,
     TokenizerInfo,
     commit_manifest,
     dataset_fingerprint,
+    target_folder,
 )
-from datastore.shard import FORMAT_VERSION, write_token_shard
-from datastore.types import PackedRow, RenderedDoc, SourceRow, Split
+from datastore.reader import Dataset
+from datastore.shard import FORMAT_VERSION, write_target_shard, write_token_shard
+from datastore.target import (
+    content_key,
+    entropy_sums,
+    position_uniforms,
+    reduce_logprobs,
+    target_positions,
+)
+from datastore.types import DocTarget, PackedRow, RenderedDoc, SourceRow, Split
 
-DATASET_ID = "ab" * 32
+DATASET_ID, TARGET_ID = "ab" * 32, "cd" * 32
+THRESHOLD = 1 / 50
 
 
 def random_row(rng: np.random.Generator, seq_len: int) -> PackedRow:
@@ -126,8 +140,85 @@ def write_dataset(
     return manifest
 
 
+def document_target(tokens_T: np.ndarray, spans_T: np.ndarray) -> DocTarget:
+    """Targets of a made-up teacher that gives each realised token about half the mass."""
+    return _document_target(tokens_T.tobytes(), spans_T.tobytes())
+
+
+@functools.cache
+def _document_target(tokens: bytes, spans: bytes) -> DocTarget:
+    tokens_T, spans_T = np.frombuffer(tokens, np.int32), np.frombuffer(spans, np.uint8)
+    positions_P = target_positions(tokens_T, spans_T)
+    realised_P = tokens_T[positions_P + 1]
+    rng = np.random.default_rng(len(tokens))
+    logits_PV = np.full((len(positions_P), tokenizer.VOCAB_SIZE), -np.inf)
+    for logits_V, realised in zip(logits_PV, realised_P, strict=True):
+        logits_V[rng.choice(tokenizer.VOCAB_SIZE, 200, replace=False)] = rng.normal(0, 2, 200)
+        logits_V[realised] = 7.0
+    logits_PV -= np.log(np.exp(logits_PV).sum(axis=1, keepdims=True))
+    key = content_key(tokens_T)
+    uniforms_P = position_uniforms(key, positions_P)
+    target = reduce_logprobs(logits_PV, realised_P, positions_P, uniforms_P, THRESHOLD)
+    sums = entropy_sums(target.entropy_P, tokens_T, spans_T, positions_P)
+    return DocTarget(content_key=key, target=target, entropy_sums=sums)
+
+
+def row_documents(row: PackedRow) -> list[DocTarget]:
+    return [document_target(row.tokens_T[doc], row.spans_T[doc]) for doc in row.documents()]
+
+
+def write_targets(
+    folder: Path,
+    *,
+    slug: str = "tiny",
+    unscored: tuple[int, ...] = (),
+    documents_of: Callable[[PackedRow], list[DocTarget]] = row_documents,
+    **changes,
+) -> TargetManifest:
+    """A committed target store for a whole dataset; rows numbered in `unscored` (of a split) get none."""
+    dataset, budget = Dataset.open(folder), BudgetSums()
+    files: dict[Split, list] = {split: [] for split in dataset.manifest.files}
+    for split, entries in dataset.manifest.files.items():
+        first = 0
+        for shard, entry in enumerate(entries):
+            blobs: list[tuple[int, bytes | None]] = []
+            for index in range(first, first + entry.rows):
+                row = dataset.row(split, index)
+                if index in unscored:
+                    blobs.append((row.row_hash, None))
+                    continue
+                documents = documents_of(row)
+                blob = codec.encode_blob(documents)
+                blobs.append((row.row_hash, blob))
+                budget = budget.merged(row_budget(row_documents(row), blob, row))
+            first += entry.rows
+            place = {"target_id": TARGET_ID, "split": split, "shard": shard}
+            files[split].append(write_target_shard(target_folder(folder, slug), blobs, **place))
+    values = {
+        "format_version": FORMAT_VERSION,
+        "files": files,
+        "codec_version": codec.CODEC_VERSION,
+        "target_id": TARGET_ID,
+        "dataset_fingerprint": dataset.manifest.fingerprint,
+        "teacher": {},
+        "slug": slug,
+        "engine": {},
+        "mode": {"system": None, "reasoning": "high"},
+        "temperature": 1.0,
+        "threshold": THRESHOLD,
+        "tokenizer": TokenizerInfo(),
+        "budget": budget.budget().model_dump(),
+        "alignment": {},
+        "counts": {},
+    }
+    manifest = TargetManifest(**(values | changes))
+    commit_manifest(target_folder(folder, slug), manifest)
+    return manifest
+
+
 @pytest.fixture(scope="session")
 def handmade() -> SimpleNamespace:
     """The makers above, for tests that need rows of their own."""
     makers: list[Callable] = [random_row, document, pack, count, write_dataset]
+    makers += [document_target, row_documents, write_targets]
     return SimpleNamespace(**{make.__name__: make for make in makers}, dataset_id=DATASET_ID)
