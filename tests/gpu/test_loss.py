@@ -1,0 +1,102 @@
+"""The fused loss on CUDA: the truths of the CPU tests in float32 and bf16, and bounded memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from trainer.losses.fused_linear import TokenTargets, fused_linear_eval, fused_linear_loss
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+MIB = 2**20
+
+
+def make_inputs(
+    num_tokens: int, hidden: int, vocab: int, entries: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, TokenTargets, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator("cuda").manual_seed(0)
+    cuda = {"generator": generator, "device": "cuda"}
+    hidden_TD = torch.randn(num_tokens, hidden, **cuda).to(dtype).requires_grad_()
+    weight_VD = (torch.randn(vocab, hidden, **cuda) * 2 / hidden**0.5).to(dtype).requires_grad_()
+    stride = vocab // entries
+    ids_NK = torch.randint(0, stride, (num_tokens, entries), **cuda)
+    targets = TokenTargets(
+        index_N=torch.arange(num_tokens, device="cuda")[num_tokens // 8 :],
+        labels_N=torch.randint(0, vocab, (num_tokens,), **cuda),
+        ids_NK=(ids_NK + stride * torch.arange(entries, device="cuda")).int(),
+        weights_NK=torch.rand(num_tokens, entries, **cuda) / entries,
+    )
+    num = len(targets.index_N)
+    targets = TokenTargets(
+        targets.index_N, targets.labels_N[:num], targets.ids_NK[:num], targets.weights_NK[:num]
+    )
+    return hidden_TD, weight_VD, targets, torch.rand(num, **cuda), torch.rand(num, **cuda)
+
+
+@pytest.mark.parametrize("chunk_tokens", [64, 100, 4096])
+@pytest.mark.parametrize(
+    ("dtype", "loss_tolerance", "gradient_tolerance"),
+    [(torch.float32, 1e-6, 2e-6), (torch.bfloat16, 1e-6, 6e-3)],
+)
+def test_the_dense_float64_form(
+    dtype: torch.dtype, loss_tolerance: float, gradient_tolerance: float, chunk_tokens: int
+) -> None:
+    inputs = hidden_TD, weight_VD, targets, ce_coef_N, kd_coef_N = make_inputs(
+        512, 64, 20_011, 24, dtype
+    )
+    loss, ce_N, kd_N = fused_linear_loss(*inputs, chunk_tokens=chunk_tokens)
+    gradients = torch.autograd.grad(loss, (hidden_TD, weight_VD))
+    logits_NV = hidden_TD.double()[targets.index_N] @ weight_VD.double().T
+    exact_ce_N = functional.cross_entropy(logits_NV, targets.labels_N, reduction="none")
+    picked_NK = logits_NV.gather(1, targets.ids_NK.long())
+    exact_kd_N = logits_NV.logsumexp(dim=1) - (targets.weights_NK.double() * picked_NK).sum(dim=1)
+    exact_loss = (ce_coef_N.double() * exact_ce_N + kd_coef_N.double() * exact_kd_N).sum()
+    exact = torch.autograd.grad(exact_loss, (hidden_TD, weight_VD))
+    assert abs(loss.item() / exact_loss.item() - 1) < loss_tolerance
+    torch.testing.assert_close(ce_N.double(), exact_ce_N, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(kd_N.double(), exact_kd_N, rtol=1e-6, atol=1e-5)
+    for gradient, wanted in zip(gradients, exact, strict=True):
+        error = (gradient.double() - wanted.double()).norm() / wanted.double().norm()
+        assert error.item() < gradient_tolerance
+    evaluated = fused_linear_eval(hidden_TD, weight_VD, targets, chunk_tokens=chunk_tokens)
+    torch.testing.assert_close(evaluated[:2], (ce_N, kd_N))
+    near_NV = logits_NV.detach() >= logits_NV.detach().amax(dim=1, keepdim=True) - 1e-4
+    assert near_NV.gather(1, evaluated[2][:, None]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_is_the_chunk_and_the_gradients(dtype: torch.dtype) -> None:
+    """Above the inputs: one chunk of float32 logits and its narrow copy, the gradients, and rows of hidden size."""
+    num_tokens, hidden, vocab, chunk = 4096, 256, 201_088, 256
+    inputs = make_inputs(num_tokens, hidden, vocab, 16, dtype)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss, _, _ = fused_linear_loss(*inputs, chunk_tokens=chunk)
+    forward_peak = torch.cuda.max_memory_allocated() - before
+    loss.backward()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    narrow = dtype.itemsize if dtype != torch.float32 else 0
+    buffers = chunk * vocab * (4 + narrow)
+    weight_gradient = vocab * hidden * 4
+    rows = 4 * num_tokens * hidden * 4 + 64 * MIB
+    assert forward_peak < buffers + weight_gradient + rows
+    # The backward pass scales the weight's gradient into a new tensor, and narrows it.
+    assert peak < max(forward_peak, 2 * weight_gradient + vocab * hidden * narrow + rows) + rows
+    full_logits = num_tokens * vocab * 4
+    assert peak < full_logits / 3
+
+
+def test_two_runs_are_bitwise_equal() -> None:
+    inputs = make_inputs(512, 64, 20_011, 24, torch.bfloat16)
+    runs = []
+    for _ in range(2):
+        loss, ce_N, kd_N = fused_linear_loss(*inputs, chunk_tokens=200)
+        runs.append((loss.detach(), ce_N, kd_N, *torch.autograd.grad(loss, inputs[:2])))
+    for one, other in zip(*runs, strict=True):
+        assert torch.equal(one, other)
