@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
 
-from common import logs
-from common.errors import VpmoeError
-
-_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
-
-
-class Program(click.Group):
-    """A group of commands that turns project errors into one line and their exit code."""
-
-    def invoke(self, ctx: click.Context) -> object:
-        logs.setup()
-        try:
-            return super().invoke(ctx)
-        except VpmoeError as error:
-            click.echo(f"error: {error}", err=True)
-            sys.exit(error.exit_code)
+from common.cli import CONTEXT, Program
 
 
 def default_dataset() -> Path:
@@ -33,6 +17,33 @@ def default_dataset() -> Path:
     return Path(load_config(DataConfig, CONFIG_ROOT / "data" / "synth.yaml").out)
 
 
-@click.group(cls=Program, context_settings=_CONTEXT)
+@click.group(cls=Program, context_settings=CONTEXT)
 def main() -> None:
     """SYNTH to packed shards of Harmony tokens, span tags and teacher targets."""
+
+
+@main.command()
+@click.argument("arguments", nargs=-1, metavar="[DATASET] [KEY=VALUE]...")
+@click.option("--teacher", "name", required=True, help="NAME of configs/teacher/NAME.yaml.")
+def score(arguments: tuple[str, ...], name: str) -> None:
+    """Score a dataset with a teacher: sparse targets for both splits, one shard beside each token shard.
+
+    Started again with the same command it keeps finished shards.
+
+    \b
+    vpmoe-data score --teacher gpt-oss-120b
+    vpmoe-data score --teacher tiny data/demo engine.max_num_seqs=16
+    """
+    from common.config import load_config, named_config
+    from datastore.score import score_dataset
+    from datastore.teacher import TeacherConfig
+
+    overrides = tuple(argument for argument in arguments if "=" in argument)
+    folders = [argument for argument in arguments if "=" not in argument]
+    if len(folders) > 1:
+        raise click.UsageError(f"more than one DATASET: {', '.join(folders)}")
+    teacher = load_config(TeacherConfig, named_config("teacher", name), overrides)
+    dataset = Path(folders[0]) if folders else default_dataset()
+    manifest = score_dataset(dataset, teacher)
+    tokens = sum(counts["tokens"] for counts in manifest.counts.values())
+    click.echo(f"{dataset}/targets/{manifest.slug}: {tokens:,} tokens, target {manifest.target_id}")

