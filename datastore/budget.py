@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 from common.config import Config
 from common.errors import AlignmentError, FormatError
 from datastore.codec import decode_blob
-from datastore.target import class_masks, row_target, target_positions
+from datastore.target import class_masks, require_valid, row_target, target_positions
 from datastore.types import DocTarget, PackedRow, SparseTarget
 
 
@@ -112,11 +112,12 @@ class BudgetLimits(Config):
 def row_budget(documents: list[DocTarget], blob: bytes, row: PackedRow) -> BudgetSums:
     """The sums of one row: its reductions before storing against what `blob` gives back.
 
-    documents: as encoded into `blob`, with their exact entropy_P. Raises AlignmentError when they are not the row's,
-    FormatError when the blob cannot be read or returns other ids.
+    documents: fresh reductions as encoded into `blob`, with their entropy_P. Raises AlignmentError when they are not
+    the row's, FormatError when one is no reduction (masses to 1e-3) or the blob cannot be read or returns other ids.
     """
     positions = [target_positions(row.tokens_T[s], row.spans_T[s]) for s in row.documents()]
     exact = row_target(documents, row)
+    require_valid(exact)
     stored = row_target(decode_blob(blob, positions), row)
     if exact.entropy_P is None:
         raise FormatError("targets without their entropies", expected="those of the reduction")

@@ -31,7 +31,7 @@ MAGIC = b"VPT1"
 ZSTD_LEVEL = 3
 _PREFIX = struct.Struct("<4sQ")
 _COUNTS = struct.Struct("<IIIIId")
-_FP16_ERROR = 2.0**-8  # of a logprob between -8 and 0; a smaller mass does not move a sum
+_FP16_ERROR = 2.0**-9  # of a logprob between -8 and 0; a smaller mass does not move a sum
 
 
 def steps_per_nat(threshold: float) -> int:
@@ -41,6 +41,11 @@ def steps_per_nat(threshold: float) -> int:
     """
     require_threshold(threshold)
     return 64 if -math.log(threshold) * 64 <= 254 else 32
+
+
+def stored_tolerance(threshold: float) -> float:
+    """How far stored masses may be from their sum 1: a reduction's own error, half a step, and fp16's."""
+    return NORMALISATION_TOLERANCE + 0.5 / steps_per_nat(threshold) + _FP16_ERROR
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +71,17 @@ def encode_blob(documents: list[DocTarget]) -> bytes:
     """The blob of a packed row's documents, in row order (at least one, all of one threshold).
 
     Every target must be a valid reduction: heads by falling probability, draws by ascending id, each of weight
-    threshold (float32), no id twice, head + tail mass 1 to 1e-3, draws within one of tail/threshold, logprobs <= 0,
-    realised logprobs above -65504. Raises FormatError on anything else: what cannot be read back is never written.
+    threshold (float32), no id twice, head + tail mass 1, draws within one of tail/threshold, logprobs <= 0,
+    realised logprobs above -65504. Masses are held to `stored_tolerance`, so that decoded targets encode again (to
+    the same bytes); `row_budget` holds fresh reductions to 1e-3.
+    Raises FormatError on anything else: what cannot be read back is never written.
     """
     if not documents:
         raise FormatError("targets of a row", got="no document", expected="at least one")
     targets = [document.target for document in documents]
-    in_head_E = np.concatenate([require_valid(target) for target in targets])
+    in_head_E = np.concatenate(
+        [require_valid(target, stored_tolerance(target.threshold)) for target in targets]
+    )
     joined = concatenate_targets(targets, [target.positions_P for target in targets])
     num_draws_P = np.diff(joined.offsets_P1) - joined.num_head_P
     header = _Header(
@@ -279,7 +288,7 @@ def _decode_target(fields: _Fields, header: _Header, positions_P: np.ndarray) ->
     if not np.all(np.isfinite(realised_P)):
         raise _damaged("a realised logprob is not finite")
     _require_ascending(draw_ids, num_draws_P[num_draws_P > 0])
-    tolerance = NORMALISATION_TOLERANCE + 1 / header.steps + _FP16_ERROR
+    tolerance = 2 * stored_tolerance(header.threshold)  # of what was encoded, and of encoding it
     require_masses(head_mass_P, log_tail_P, num_draws_P, header.threshold, tolerance)
     in_head_E = head_mask(num_head_P, num_draws_P)
     in_draws_E = ~in_head_E
@@ -318,7 +327,7 @@ def _decode_head(
     weights_H *= np.repeat(np.exp(first), counts)
     mass_P = np.zeros(header.positions)
     if len(counts):
-        if weights_H.min() < header.threshold * (1 - 1 / header.steps):
+        if weights_H.min() < header.threshold * (1 - 2 * stored_tolerance(header.threshold)):
             raise _damaged("a head entry lies below the threshold")
         starts = np.cumsum(counts) - counts
         mass_P[has_head_P] = np.add.reduceat(weights_H, starts, dtype=np.float64)

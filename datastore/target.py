@@ -254,10 +254,11 @@ def _require(condition: bool | np.bool_, what: str, expected: str) -> None:
         raise FormatError(f"sparse target: {what}", expected=expected)
 
 
-def require_valid(target: SparseTarget) -> np.ndarray:
+def require_valid(target: SparseTarget, tolerance: float = NORMALISATION_TOLERANCE) -> np.ndarray:
     """Check that a target is a reduction of a distribution; returns which entries are heads (bool [E]).
 
-    Raises FormatError naming the first rule that it breaks (`encode_blob` lists them).
+    tolerance: of the total mass, and of a head entry's place at or above the threshold; the default is that of a
+    fresh reduction. Raises FormatError naming the first rule that it breaks (`encode_blob` lists them).
     """
     require_threshold(target.threshold)
     counts_P = np.diff(target.offsets_P1)
@@ -282,7 +283,7 @@ def require_valid(target: SparseTarget) -> np.ndarray:
         "head and draws from 0 to 255 each",
     )
     in_head_E = head_mask(target.num_head_P, counts_P - target.num_head_P)
-    _require_valid_entries(target, in_head_E, counts_P)
+    _require_valid_entries(target, in_head_E, counts_P, tolerance)
     _require(
         np.all((target.realised_logprob_P <= 0) & (target.realised_logprob_P >= LOWEST_LOGPROB)),
         "a realised logprob is out of the range that is stored",
@@ -298,19 +299,18 @@ def require_valid(target: SparseTarget) -> np.ndarray:
         target.log_tail_mass_P,
         counts_P - target.num_head_P,
         target.threshold,
-        NORMALISATION_TOLERANCE,
+        tolerance,
     )
     return in_head_E
 
 
 def _require_valid_entries(
-    target: SparseTarget, in_head_E: np.ndarray, counts_P: np.ndarray
+    target: SparseTarget, in_head_E: np.ndarray, counts_P: np.ndarray, tolerance: float
 ) -> None:
     ids_E, weights_E = target.ids_E, target.weights_E
-    # 1e-3: an id whose probability rounds to the threshold may be kept on either side of it.
     head_weights = weights_E[in_head_E]
     _require(
-        np.all((head_weights >= target.threshold * (1 - 1e-3)) & (head_weights <= 1)),
+        np.all((head_weights >= target.threshold * (1 - tolerance)) & (head_weights <= 1)),
         "a head weight is no probability of the head",
         "threshold to 1",
     )
