@@ -32,9 +32,7 @@ def install() -> None:
 
 def _no_compiler() -> None:
     """jit.py: jit_fuser is torch.compile, which would need a C++ compiler and seconds a function."""
-    import torch._dynamo
-
-    torch._dynamo.config.disable = True
+    torch.compiler.set_stance("force_eager")
 
 
 def _cuda_answers_cpu() -> None:

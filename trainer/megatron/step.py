@@ -43,14 +43,15 @@ from trainer.router_load import router_metrics
 
 
 class DivergedError(VpmoeError):
-    """A loss or gradient is no finite number; the weights are those of the step before."""
+    """A loss or gradient is no finite number; the weights are those of the step before. Every rank raises it."""
+
+    collective = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
     """Numbers of one step, the same on every rank. values: flat names as in metrics.jsonl. seconds: by phase, this rank."""
 
-    loss: float
     values: dict[str, float]
     seconds: dict[str, float]
 
@@ -94,7 +95,7 @@ class Trainer:
         self._require_finite(values["loss/total"], grad_norm)
         self._update(learning_rate, grad_norm)
         values |= {"grad_norm": grad_norm} | self._router_values()
-        return StepReport(loss=values["loss/total"], values=values, seconds=clock.read())
+        return StepReport(values=values, seconds=clock.read())
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, counts: torch.Tensor) -> torch.Tensor:

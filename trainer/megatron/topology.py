@@ -43,6 +43,10 @@ class Topology:
         dist.all_reduce(values, group=self.dp_group)
         return values
 
+    def layout(self) -> dict[str, int]:
+        """Sizes by kind of parallelism."""
+        return {"dp": self.dp_size, "tp": self.tp_size, "ep": self.ep_size}
+
     def barrier(self) -> None:
         """Wait for every rank."""
         dist.barrier()
@@ -88,10 +92,13 @@ def check_layout(parallel: ParallelConfig) -> None:
 
 
 @contextlib.contextmanager
-def distributed(device: Device, parallel: ParallelConfig, seed: int) -> Iterator[Topology]:
+def distributed(
+    device: Device, parallel: ParallelConfig, seed: int, *, deterministic: bool = False
+) -> Iterator[Topology]:
     """Start the process groups and seed every generator; taken down on a clean exit of the block.
 
-    After an error nothing is waited for: the other ranks may be gone.
+    A process group that the caller has started is joined and left standing. After an error nothing is waited for: the
+    other ranks may be gone. deterministic: PyTorch refuses kernels that do not repeat bit by bit.
     """
     check_layout(parallel)
     if device == "cpu":
@@ -100,7 +107,11 @@ def distributed(device: Device, parallel: ParallelConfig, seed: int) -> Iterator
         cpu.install()
     from megatron.core import parallel_state, tensor_parallel
 
-    rank, world_size = _start_process_group(device)
+    torch.use_deterministic_algorithms(deterministic)
+    joined = dist.is_initialized()
+    if not joined:
+        _start_process_group(device, deterministic)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size % (parallel.tensor * parallel.expert):
         raise ConfigError(
             "the number of processes",
@@ -118,16 +129,21 @@ def distributed(device: Device, parallel: ParallelConfig, seed: int) -> Iterator
     yield _topology(device, rank, world_size)
     dist.barrier()
     parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+    if not joined:
+        dist.destroy_process_group()
 
 
-def _start_process_group(device: Device) -> tuple[int, int]:
+def _start_process_group(device: Device, deterministic: bool) -> None:
     if device == "cuda":
         if not torch.cuda.is_available():
             raise EngineError(
                 "device: cuda, but no CUDA device is visible",
                 remedy="set device=cpu for the CPU path",
             )
+        if deterministic:
+            os.environ.setdefault(
+                "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+            )  # cuBLAS repeats only with its own workspaces
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if device == "cuda" else "gloo"
     if "WORLD_SIZE" in os.environ:
@@ -136,7 +152,6 @@ def _start_process_group(device: Device) -> tuple[int, int]:
         dist.init_process_group(
             backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT
         )
-    return dist.get_rank(), dist.get_world_size()
 
 
 def _topology(device: Device, rank: int, world_size: int) -> Topology:

@@ -1,0 +1,60 @@
+"""The command line of vpmoe-train. Heavy imports happen inside the commands, so that --help is quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from common.cli import CONTEXT, Program
+
+
+@click.group(cls=Program, context_settings=CONTEXT)
+def main() -> None:
+    """Train and evaluate the student.
+
+    \b
+    Examples:
+      vpmoe-train kd configs/demo.yaml
+      vpmoe-train kd configs/base.yaml optimizer.lr=2e-4 run=runs/lr2e-4
+      torchrun --nproc-per-node 8 --no-python vpmoe-train kd configs/base.yaml
+      vpmoe-train eval runs/demo
+    """
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+def kd(config: Path, overrides: tuple[str, ...]) -> None:
+    """Distil from stored teacher targets. Run again after a stop, it goes on from the newest checkpoint.
+
+    \b
+    Examples:
+      vpmoe-train kd configs/demo.yaml
+      vpmoe-train kd configs/demo.yaml steps=20 checkpoint.every=10 run=runs/short
+      torchrun --nproc-per-node 2 --no-python vpmoe-train kd configs/demo.yaml
+    """
+    from common.config import load_config
+    from trainer.config import KDConfig
+    from trainer.kd import run_kd
+
+    run_kd(load_config(KDConfig, config, overrides))
+
+
+@main.command("eval")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+def eval_(run: Path, overrides: tuple[str, ...]) -> None:
+    """Evaluate the newest checkpoint of RUN, a run folder or the config of one, on the valid split.
+
+    \b
+    Examples:
+      vpmoe-train eval runs/demo
+      vpmoe-train eval configs/demo.yaml eval.rows=64
+    """
+    from common.config import load_config
+    from trainer.config import KDConfig
+    from trainer.kd import run_eval
+
+    path = run / "config.yaml" if run.is_dir() else run
+    run_eval(load_config(KDConfig, path, overrides))

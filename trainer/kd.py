@@ -1,0 +1,147 @@
+"""`vpmoe-train kd`: distillation from stored targets, from the first step or from the newest checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+from common.files import write_json
+from datastore.stream import RowStream
+from trainer.config import KDConfig
+from trainer.data import Loader, RunData
+from trainer.eval import evaluate
+from trainer.megatron.checkpoint import (
+    Progress,
+    load_checkpoint,
+    read_progress,
+    save_checkpoint,
+    sweep,
+)
+from trainer.megatron.step import Clock, StepReport, Trainer
+from trainer.megatron.topology import Topology, distributed
+from trainer.run import (
+    RunLog,
+    describe_run,
+    eval_line,
+    peak_memory_gib,
+    provenance,
+    require_same_run,
+    run_folder,
+    step_line,
+)
+from trainer.schedule import learning_rate
+
+_LOG = logging.getLogger(__name__)
+
+
+def run_kd(config: KDConfig) -> None:
+    """Train until `steps`; the same command goes on where a killed one was saved. Every rank calls it."""
+    with (
+        distributed(
+            config.device, config.parallel, config.seed, deterministic=config.deterministic
+        ) as topology,
+        run_folder(Path(config.run), topology.rank),
+    ):
+        KDRun(config, topology).train()
+
+
+def run_eval(config: KDConfig) -> dict[str, float]:
+    """Evaluate the newest checkpoint of a run; rank 0 tells it and writes eval.json. All ranks return the same."""
+    with distributed(
+        config.device, config.parallel, config.seed, deterministic=config.deterministic
+    ) as topology:
+        run = KDRun(config, topology)
+        progress = load_checkpoint(run.checkpoints, run.trainer)
+        require_same_run(progress.provenance, run.provenance)
+        values = evaluate(run.trainer, run.data, config)
+        if topology.rank == 0:
+            write_json(run.folder / "eval.json", {"step": progress.step} | values)
+        _LOG.info("%s", eval_line(progress.step, values))
+        return values
+
+
+class KDRun:
+    """One run on this rank: data, student, folder."""
+
+    def __init__(self, config: KDConfig, topology: Topology) -> None:
+        self.config, self.topology = config, topology
+        self.folder = Path(config.run)
+        self.checkpoints = self.folder / "checkpoints"
+        self.data = RunData.open(config)
+        self.provenance = provenance(config, self.data.provenance())
+        self.seq_len = self.data.dataset.manifest.seq_len
+        self.trainer = Trainer(config, topology, self.seq_len)
+
+    def train(self) -> None:
+        """The loop."""
+        config = self.config
+        start, stream = self._start()
+        loader = self._loader(stream)
+        log = RunLog(self.folder, self.topology.rank, resumed_step=start)
+        for step in range(start, config.steps):
+            clock = Clock(self.topology.device)
+            began = time.perf_counter()
+            clock.mark("data")
+            micro_batches = loader.next()
+            rate = learning_rate(config, step)
+            report = self.trainer.step(micro_batches, rate, clock)
+            done = step + 1
+            if done % config.log.every == 0 or done == config.steps:
+                values = self._values(report, rate, time.perf_counter() - began)
+                log.write(done, values, step_line(done, config.steps, values))
+            if _due(done, config.eval.every, config.steps):
+                values = evaluate(self.trainer, self.data, config)
+                log.write(done, values, eval_line(done, values))
+            if _due(done, config.checkpoint.every, config.steps):
+                self._save(done, stream)
+        loader.close()
+        log.close()
+
+    def _start(self) -> tuple[int, RowStream]:
+        """Steps done and the stream: from the newest checkpoint when there is one of this very run."""
+        stored, stream = read_progress(self.checkpoints), self.data.stream(self.config)
+        if stored is not None:
+            require_same_run(stored.provenance, self.provenance)
+        if self.topology.rank == 0:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            sweep(self.checkpoints)
+            describe_run(self.folder, self.config, self.provenance, self.topology.layout())
+        self.topology.barrier()
+        if stored is None:
+            return 0, stream
+        load_checkpoint(self.checkpoints, self.trainer)
+        _LOG.info("going on from step %d of %d", stored.step, self.config.steps)
+        wanted = stream.state()
+        del wanted["consumed"], wanted["version"]
+        return stored.step, RowStream.restore(stored.stream, num_rows=stream.num_rows, **wanted)
+
+    def _loader(self, stream: RowStream) -> Loader:
+        topology = self.topology
+        return Loader(
+            self.data,
+            stream,
+            self.config,
+            dp_rank=topology.dp_rank,
+            dp_size=topology.dp_size,
+            device=topology.device,
+        )
+
+    def _save(self, step: int, stream: RowStream) -> None:
+        progress = Progress(step=step, stream=stream.state(), provenance=self.provenance)
+        save_checkpoint(self.checkpoints, self.trainer, progress, self.config.checkpoint.keep)
+
+    def _values(self, report: StepReport, rate: float, seconds: float) -> dict[str, float]:
+        phases = {f"seconds/{phase}": value for phase, value in report.seconds.items()}
+        tokens = self.config.batch.global_batch_size * self.seq_len
+        return report.values | {
+            "lr": rate,
+            "seconds/step": seconds,
+            **phases,
+            "tokens_per_sec": tokens / seconds,
+            "memory_gib": peak_memory_gib(self.topology.device),
+        }
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    return step == last or (every > 0 and step % every == 0)

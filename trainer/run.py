@@ -1,0 +1,198 @@
+"""The folder of a run: what it is, what it measured, where it stands. Written by rank 0.
+
+config.yaml      the resolved config          run.json         versions, git sha, fingerprints, layout
+metrics.jsonl    one line a logged step       tensorboard/     the same numbers
+checkpoints/     see trainer/megatron/checkpoint.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import resource
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from common.errors import ResumeError
+from common.files import exclusive_lock, write_bytes, write_json
+from common.provenance import git_sha, package_versions
+from trainer.config import KDConfig
+
+PACKAGES = (
+    "torch",
+    "megatron-core",
+    "transformer-engine",
+    "numpy",
+    "pyarrow",
+    "tiktoken",
+    "oss-harmony",
+)
+# Keys that may change when a run goes on: they shape no weight. `dataset` is held by its fingerprint instead of its path.
+FREE_KEYS = ("run", "dataset", "log", "eval", "checkpoint", "batch.micro_batch_size")
+_LOCK_WAIT_SEC = 15.0
+_LOG = logging.getLogger(__name__)
+
+
+def provenance(config: KDConfig, data: dict[str, str | None]) -> dict[str, Any]:
+    """What a checkpoint is bound to: config, code, and the fingerprints of its data."""
+    return {
+        "config": config.resolved(),
+        "config_hash": config.digest(),
+        "git_sha": git_sha(),
+        "data": data,
+    }
+
+
+def require_same_run(stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """ResumeError with every difference in data and config (but for FREE_KEYS) between a checkpoint and this run."""
+    differences = [
+        f"{name} {key}: checkpoint {before!r}, this run {now!r}"
+        for name in ("config", "data")
+        for key, (before, now) in sorted(_differences(stored[name], wanted[name]).items())
+        if not (
+            name == "config"
+            and any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+        )
+    ]
+    if differences:
+        raise ResumeError(
+            "the checkpoint is of another run:\n  " + "\n  ".join(differences) + "\n",
+            remedy="give the run another folder (run=...), or resume with the config and data of the checkpoint",
+        )
+
+
+def _differences(stored: Any, wanted: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    if isinstance(stored, dict) and isinstance(wanted, dict):
+        found: dict[str, tuple[Any, Any]] = {}
+        for key in stored.keys() | wanted.keys():
+            found |= _differences(stored.get(key), wanted.get(key), f"{prefix}{key}.")
+        return found
+    return {} if stored == wanted else {prefix.rstrip("."): (stored, wanted)}
+
+
+@contextlib.contextmanager
+def run_folder(folder: Path, rank: int) -> Iterator[None]:
+    """Hold the run's lock on rank 0 for the block.
+
+    Waits a little for it: writers forked by a run that was killed while saving hold its lock until they end.
+    """
+    if rank:
+        yield
+        return
+    with contextlib.ExitStack() as held:
+        deadline = time.monotonic() + _LOCK_WAIT_SEC
+        while True:
+            try:
+                held.enter_context(exclusive_lock(folder / ".lock", "vpmoe-train"))
+                break
+            except ResumeError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+        yield
+
+
+def describe_run(
+    folder: Path, config: KDConfig, of_run: dict[str, Any], layout: dict[str, int]
+) -> None:
+    """Write config.yaml and run.json."""
+    resolved = yaml.safe_dump(config.resolved(), sort_keys=False, allow_unicode=True)
+    write_bytes(folder / "config.yaml", resolved.encode())
+    described = {"versions": package_versions(PACKAGES), "layout": layout}
+    write_json(
+        folder / "run.json",
+        described | {key: of_run[key] for key in ("git_sha", "config_hash", "data")},
+    )
+
+
+class RunLog:
+    """metrics.jsonl, TensorBoard and one line for people; on ranks other than 0 it does nothing."""
+
+    def __init__(self, folder: Path, rank: int, *, resumed_step: int) -> None:
+        self._active = rank == 0
+        if not self._active:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = folder / "metrics.jsonl"
+        _keep_until(path, resumed_step)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
+
+    def write(self, step: int, values: dict[str, float], line: str) -> None:
+        """One record of `step` (steps done), and its line."""
+        if not self._active:
+            return
+        self._file.write(json.dumps({"step": step} | values) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        _LOG.info("%s", line)
+
+    def close(self) -> None:
+        """Flush both."""
+        if self._active:
+            self._file.close()
+            self._board.close()
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop the records of steps after `step`, which will be made again, and a line cut by a kill."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    write_bytes(path, "".join(kept).encode())
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory this rank has used: of the GPU by tensors, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def step_line(step: int, steps: int, values: dict[str, float]) -> str:
+    """A step as people read it."""
+    losses = "  ".join(
+        f"{quantity} " + " ".join(f"{values[f'loss/{quantity}/{name}']:.3f}" for name in names)
+        for quantity in ("ce", "kl")
+        if (
+            names := [
+                n for n in ("reasoning", "final", "control") if f"loss/{quantity}/{n}" in values
+            ]
+        )
+    )
+    phases = " ".join(
+        f"{phase} {100 * values[f'seconds/{phase}'] / values['seconds/step']:.0f}%"
+        for phase in ("data", "forward", "backward", "optimizer")
+    )
+    return (
+        f"step {step}/{steps}  loss {values['loss/total']:.4f}  {losses}  "
+        f"grad {values['grad_norm']:.3f}  lr {values['lr']:.2e}  load {values['router/load_entropy']:.3f}  "
+        f"{values['tokens_per_sec']:,.0f} tok/s  {values['seconds/step']:.2f} s ({phases})"
+    )
+
+
+def eval_line(step: int, values: dict[str, float]) -> str:
+    """An evaluation as people read it."""
+    parts = [
+        f"{name}: "
+        + ", ".join(
+            f"{q} {values[f'eval/{q}/{name}']:.4f}"
+            for q in ("ce", "kl")
+            if f"eval/{q}/{name}" in values
+        )
+        for name in ("reasoning", "final", "control")
+        if f"eval/ce/{name}" in values
+    ]
+    return f"eval at step {step}  " + "  ".join(parts)
