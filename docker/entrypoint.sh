@@ -9,7 +9,7 @@ vpmoe-data)
     ;;
 vpmoe-train)
     if [[ ${VPMOE_GPUS:-1} -gt 1 ]]; then
-        exec torchrun --standalone --nproc-per-node "$VPMOE_GPUS" "$(command -v vpmoe-train)" "${@:2}"
+        exec torchrun --standalone --nproc-per-node "$VPMOE_GPUS" --no-python "$@"
     fi
     exec "$@"
     ;;
