@@ -106,7 +106,8 @@ def _data_lines(manifest: DatasetManifest) -> dict[str, str]:
     return {
         "rows (train, valid)": f"{train.rows:,}, {valid.rows:,} of {manifest.seq_len} tokens",
         "documents": f"{train.documents:,}, {valid.documents:,}",
-        "tokens in train": f"{train.tokens:,}: {spans.ignored:,} prompt, {spans.reasoning:,} reasoning, {spans.final:,} final",
+        "tokens in train": f"{train.tokens:,}: {spans.ignored:,} prompt, "
+        f"{spans.reasoning:,} reasoning, {spans.final:,} final",
         "positions filled": f"{100 * train.fill:.1f} %",
         "rejected rows": ", ".join(f"{n} {reason}" for reason, n in manifest.rejects.items() if n),
     }
