@@ -84,7 +84,7 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> Progress:
         str(path),
         strict="raise_all" if same_layout else "raise_unexpected",
     )
-    trainer.model.load_state_dict(loaded["model"])
+    trainer.student.load_state_dict(loaded["model"])
     trainer.optimizer.load_state_dict(loaded["optimizer"])
     if same_layout:
         _set_random_state(loaded["random"])
@@ -157,7 +157,7 @@ def _state(trainer: Trainer, *, loading: bool, with_random: bool) -> dict[str, A
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    model = trainer.model.sharded_state_dict(metadata=metadata)
+    model = trainer.student.sharded_state_dict(metadata=metadata)
     optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
     return {"model": model, "optimizer": optimizer} | (
         {"random": _random_object(trainer.topology)} if with_random else {}

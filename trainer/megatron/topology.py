@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import logging
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -101,6 +103,7 @@ def distributed(
     other ranks may be gone. deterministic: PyTorch refuses kernels that do not repeat bit by bit.
     """
     check_layout(parallel)
+    _quiet_megatron()
     if device == "cpu":
         from trainer.megatron import cpu
 
@@ -131,6 +134,12 @@ def distributed(
     parallel_state.destroy_model_parallel()
     if not joined:
         dist.destroy_process_group()
+
+
+def _quiet_megatron() -> None:
+    """Megatron warns of every optional package it lacks and logs its whole optimizer config; ours says both."""
+    logging.getLogger("megatron").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"megatron\.")
 
 
 def _start_process_group(device: Device, deterministic: bool) -> None:
