@@ -204,17 +204,12 @@ class _Gradients:
         head_WD: torch.Tensor,
     ) -> None:
         """Add the products with dL/dz = scale * residual of the chunk `rows`."""
-        scale_C1, scaled_CD = scale_C[:, None], hidden_ND[rows]
-        if head_WD.dtype == residual_CW.dtype:
-            scaled_CD = scaled_CD * scale_C1
-        else:  # The narrow copy of the residual is needed anyway: it takes the scale on the way.
-            narrow_CW = torch.empty_like(residual_CW, dtype=head_WD.dtype)
-            residual_CW = torch.mul(residual_CW, scale_C1, out=narrow_CW)
+        residual_CW, scale_C1 = residual_CW.to(head_WD.dtype), scale_C[:, None]
         if self.hidden_ND is not None:
             _mm(residual_CW, head_WD, out=self.hidden_ND[rows])
-            if head_WD.dtype == self.hidden_ND.dtype:
-                self.hidden_ND[rows] *= scale_C1
+            self.hidden_ND[rows] *= scale_C1
         if self.weight_WD is not None:
+            scaled_CD = (hidden_ND[rows] * scale_C1).to(head_WD.dtype)
             _addmm(self.weight_WD, residual_CW.t(), scaled_CD)
 
 
