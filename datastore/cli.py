@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from common.cli import CONTEXT, Program
+from common.errors import FormatError
 
 
 def default_dataset() -> Path:
@@ -20,6 +21,34 @@ def default_dataset() -> Path:
 @click.group(cls=Program, context_settings=CONTEXT)
 def main() -> None:
     """SYNTH to packed shards of Harmony tokens, span tags and teacher targets."""
+
+
+@main.command()
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option(
+    "--manifest", type=click.Path(path_type=Path), required=True, help="A config of configs/data/."
+)
+@click.option("--workers", type=click.IntRange(min=1), help="Processes. [default: usable cores]")
+def build(overrides: tuple[str, ...], manifest: Path, workers: int | None) -> None:
+    """Build a dataset: render, split, pack and write shards; the manifest comes last.
+
+    The output is the same for any number of workers. Started again with the same command after a crash it keeps the
+    finished shards; a finished dataset is left as it is. Exit codes: 0 done, 1 source, disk or another build, 2 config.
+
+    \b
+    vpmoe-data build --manifest configs/data/synth.yaml
+    vpmoe-data build --manifest configs/data/synth.yaml 'source.files=[/data/synth_*.parquet]' out=data/local
+    vpmoe-data build --manifest configs/data/demo.yaml --workers 2 seq_len=1024 render.reasoning=low
+    """
+    import os
+
+    from common.config import load_config
+    from datastore.build import DataConfig, build_dataset
+    from datastore.summary import print_summary
+
+    config = load_config(DataConfig, manifest, overrides)
+    dataset = build_dataset(config, workers=workers or len(os.sched_getaffinity(0)))
+    print_summary(Path(config.out), dataset)
 
 
 @main.command()
@@ -47,3 +76,26 @@ def score(arguments: tuple[str, ...], name: str) -> None:
     manifest = score_dataset(dataset, teacher)
     tokens = sum(counts["tokens"] for counts in manifest.counts.values())
     click.echo(f"{dataset}/targets/{manifest.slug}: {tokens:,} tokens, target {manifest.target_id}")
+
+
+@main.command()
+@click.argument("dataset", required=False, type=click.Path(path_type=Path))
+def verify(dataset: Path | None) -> None:
+    """Check every hash and every invariant of DATASET and of the targets beside it.
+
+    Prints the first fault of each kind with its file and row, and exits with 1 when there is any.
+
+    \b
+    vpmoe-data verify
+    vpmoe-data verify data/demo
+    """
+    from datastore.verify import summary, verify_dataset
+
+    folder = dataset or default_dataset()
+    faults = verify_dataset(folder)
+    for fault in faults:
+        click.echo(fault)
+    if faults:
+        kinds = "kind" if len(faults) == 1 else "kinds"
+        raise FormatError(f"{folder} has {len(faults)} {kinds} of faults, listed above")
+    click.echo(summary(folder))

@@ -186,12 +186,14 @@ def parse(tokens_T: np.ndarray) -> list[Message]:
 
 def _parse_message(ids: np.ndarray, start: int) -> tuple[Message, int]:
     """The message that begins at `start` and the position after its terminator."""
-    for (role, channel), header_T in _known_headers().items():
-        body = start + len(header_T)
-        if np.array_equal(ids[start:body], header_T):
-            break
-    else:
+    fitting = (
+        (role, channel, start + len(header_T))
+        for (role, channel), header_T in _known_headers().items()
+        if np.array_equal(ids[start : start + len(header_T)], header_T)
+    )
+    if (found := next(fitting, None)) is None:
         raise _malformed(start, "the header of a message: a known role, and a channel if assistant")
+    role, channel, body = found
     is_control = ids[body:] >= tokenizer.FIRST_CONTROL_ID
     end = body + int(is_control.argmax()) if is_control.any() else len(ids)
     if end == len(ids) or ids[end] not in (tokenizer.END, tokenizer.RETURN, tokenizer.CALL):

@@ -1,1 +1,1 @@
-"""The embedded default: a sample of SYNTH-schema rows, a tiny teacher and a run of the whole river on an ordinary CPU."""
+"""The embedded default: a sample in the SYNTH schema, a tiny teacher, and the whole river on an ordinary CPU."""
