@@ -216,9 +216,18 @@ def write_targets(
     return manifest
 
 
+def flip_bit(path: Path, bit: int) -> None:
+    """Invert one bit in place; again to restore it. (Rewriting the file costs a flush to disk each time.)"""
+    with open(path, "r+b", buffering=0) as handle:
+        handle.seek(bit // 8)
+        (byte,) = handle.read(1)
+        handle.seek(bit // 8)
+        handle.write(bytes([byte ^ 1 << bit % 8]))
+
+
 @pytest.fixture(scope="session")
 def handmade() -> SimpleNamespace:
     """The makers above, for tests that need rows of their own."""
     makers: list[Callable] = [random_row, document, pack, count, write_dataset]
-    makers += [document_target, row_documents, write_targets]
+    makers += [document_target, row_documents, write_targets, flip_bit]
     return SimpleNamespace(**{make.__name__: make for make in makers}, dataset_id=DATASET_ID)

@@ -1,6 +1,7 @@
 """A manifest is believed whole or refused with the reason."""
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -51,25 +52,23 @@ def test_layout_and_order_of_keys_do_not_matter(dataset) -> None:
     assert load_dataset_manifest(dataset) == manifest
 
 
-def test_no_flipped_bit_gives_another_manifest(dataset) -> None:
+def test_no_flipped_bit_gives_another_manifest(dataset, handmade) -> None:
     path = dataset / "manifest.json"
-    content, manifest, refused = path.read_bytes(), load_dataset_manifest(dataset), 0
-    for bit in range(len(content) * 8):
-        damaged = bytearray(content)
-        damaged[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(damaged)
+    manifest, num_bits, refused = load_dataset_manifest(dataset), path.stat().st_size * 8, 0
+    for bit in range(num_bits):
+        handmade.flip_bit(path, bit)
         try:
             assert load_dataset_manifest(dataset) == manifest, f"bit {bit}"
         except FormatError:
             refused += 1
-    assert refused > len(content) * 6
+        handmade.flip_bit(path, bit)
+    assert refused > 0.75 * num_bits
 
 
 def test_every_truncation_is_refused(dataset) -> None:
     path = dataset / "manifest.json"
-    content = path.read_bytes().rstrip()
-    for size in range(len(content)):
-        path.write_bytes(content[:size])
+    for size in reversed(range(len(path.read_bytes().rstrip()))):
+        os.truncate(path, size)
         with pytest.raises(FormatError):
             load_dataset_manifest(dataset)
 

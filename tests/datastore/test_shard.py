@@ -133,13 +133,11 @@ def test_writing_twice_gives_the_same_bytes(tmp_path, rows) -> None:
     assert (tmp_path / "a" / first.name).read_bytes() == (tmp_path / "b" / first.name).read_bytes()
 
 
-def outcomes_of_flips(path: Path, read_again, expected) -> dict[str, int]:
+def outcomes_of_flips(flip_bit, path: Path, read_again, expected) -> dict[str, int]:
     """Flip each bit of the file alone: how often reading is refused, and how often it gives the same values."""
-    content, outcomes = path.read_bytes(), {"refused": 0, "same": 0}
-    for bit in range(len(content) * 8):
-        damaged = bytearray(content)
-        damaged[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(damaged)
+    outcomes = {"refused": 0, "same": 0}
+    for bit in range(path.stat().st_size * 8):
+        flip_bit(path, bit)
         try:
             found = read_again()
         except FormatError:
@@ -147,27 +145,29 @@ def outcomes_of_flips(path: Path, read_again, expected) -> dict[str, int]:
         else:
             assert found == expected, f"bit {bit} changed the values silently"
             outcomes["same"] += 1
-    path.write_bytes(content)
+        flip_bit(path, bit)
     return outcomes
 
 
 @pytest.mark.slow
-def test_no_flipped_bit_of_a_token_shard_gives_wrong_rows(tmp_path, rows) -> None:
+def test_no_flipped_bit_of_a_token_shard_gives_wrong_rows(tmp_path, handmade, rows) -> None:
     entry = write(tmp_path, rows)
 
     def read_again() -> list:
         return [values(row) for row in read(tmp_path, entry)]
 
     expected = [values(row) for row in rows]
-    outcomes = outcomes_of_flips(tmp_path / entry.name, read_again, expected)
+    outcomes = outcomes_of_flips(handmade.flip_bit, tmp_path / entry.name, read_again, expected)
     # Bits that carry no data (the schema's first copy, Arrow's padding) are caught by the file's sha256 alone.
     assert outcomes["refused"] > outcomes["same"]
 
 
 @pytest.mark.slow
-def test_no_flipped_bit_of_a_target_shard_gives_wrong_blobs(tmp_path) -> None:
+def test_no_flipped_bit_of_a_target_shard_gives_wrong_blobs(tmp_path, handmade) -> None:
     entry = write_target_shard(tmp_path, BLOBS, target_id=TARGET_ID, split="train", shard=0)
-    outcomes = outcomes_of_flips(tmp_path / entry.name, lambda: read_blobs(tmp_path, entry), BLOBS)
+    outcomes = outcomes_of_flips(
+        handmade.flip_bit, tmp_path / entry.name, lambda: read_blobs(tmp_path, entry), BLOBS
+    )
     assert outcomes["refused"] > outcomes["same"]
 
 
@@ -184,25 +184,23 @@ def data_bits(path: Path) -> list[int]:
     return bits
 
 
-def test_every_flipped_bit_of_the_data_is_refused(tmp_path, rows) -> None:
+def test_every_flipped_bit_of_the_data_is_refused(tmp_path, handmade, rows) -> None:
     entry = write(tmp_path, rows)
     path = tmp_path / entry.name
-    content, bits = path.read_bytes(), data_bits(path)
+    bits = data_bits(path)
     assert len(bits) > 3 * SEQ_LEN * 40
     for bit in bits:
-        damaged = bytearray(content)
-        damaged[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(damaged)
+        handmade.flip_bit(path, bit)
         with pytest.raises(FormatError, match=r"shard-00000\.arrow.*; restore the file"):
             read(tmp_path, entry)
+        handmade.flip_bit(path, bit)
 
 
 def test_every_truncation_is_refused(tmp_path, rows) -> None:
     entry = write(tmp_path, rows)
     path = tmp_path / entry.name
-    content = path.read_bytes()
-    for size in range(len(content)):
-        path.write_bytes(content[:size])
+    for size in reversed(range(entry.bytes)):
+        os.truncate(path, size)
         with pytest.raises(FormatError, match="wrong size"):
             read(tmp_path, entry)
         # Also with a manifest that lists the short size: Arrow's footer is gone.
