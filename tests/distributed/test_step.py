@@ -1,0 +1,77 @@
+"""One step on two processes equals the same step on one: data, expert and tensor parallel."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.distributed.gloo import run_gloo
+from tests.trainer.megatron.tiny import (
+    SEQ_LEN,
+    main_gradients,
+    micro_batches,
+    step,
+    tiny_config,
+    tiny_rows,
+)
+
+LAYOUTS = {
+    "data": {},
+    "expert": {"expert": 2},
+    "tensor": {"tensor": 2, "expert": 2, "sequence_parallel": True},
+}
+
+
+def _one_step(_rank: int, parallel: dict, size: int) -> dict:
+    from trainer.megatron.topology import distributed
+
+    config = tiny_config(parallel=parallel)
+    with distributed("cpu", config.parallel, seed=1, deterministic=True) as topology:
+        from trainer.megatron.step import Trainer
+
+        trainer = Trainer(config, topology, SEQ_LEN)
+        rows = tiny_rows(8)
+        mine = rows[topology.dp_rank * 8 // topology.dp_size :][: 8 // topology.dp_size]
+        report = step(trainer, micro_batches(mine, size), 1e-2)
+        axes = {n: getattr(p, "partition_dim", -1) for n, p in trainer.student.named_parameters()}
+        return {
+            "values": report.values,
+            "gradients": main_gradients(trainer),
+            "weights": {
+                n: p.detach().double().numpy() for n, p in trainer.student.named_parameters()
+            },
+            "axes": axes,
+        }
+
+
+@pytest.fixture(scope="module")
+def one() -> dict:
+    return run_gloo(_one_step, 1, {}, 4)[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_processes_equal_one(one, layout) -> None:
+    two = run_gloo(_one_step, 2, LAYOUTS[layout], 2)
+    for name in ("loss/total", "loss/ce/reasoning", "loss/kl/final", "grad_norm"):
+        assert two[0]["values"][name] == two[1]["values"][name]
+        assert two[0]["values"][name] == pytest.approx(one["values"][name], rel=1e-6), name
+    assert two[0]["values"]["router/aux_loss"] == pytest.approx(
+        one["values"]["router/aux_loss"], rel=1e-5
+    )
+    for kind, tolerance in (("gradients", 1e-6), ("weights", 1e-5)):
+        whole = {name: _whole(two, kind, name, layout) for name in one[kind]}
+        got, expected = (
+            np.concatenate([of[n].ravel() for n in one[kind]]) for of in (whole, one[kind])
+        )
+        assert np.linalg.norm(got - expected) < tolerance * np.linalg.norm(expected), kind
+
+
+def _whole(two: list[dict], kind: str, name: str, layout: str) -> np.ndarray:
+    """A parameter of the whole model from its parts on two ranks; parts that both hold must agree."""
+    first, second = (rank[kind][name] for rank in two)
+    if layout != "data" and ".experts." in name:
+        return np.concatenate([first, second])
+    if layout == "tensor" and two[0]["axes"][name] >= 0:
+        return np.concatenate([first, second], axis=two[0]["axes"][name])
+    np.testing.assert_array_equal(first, second)
+    return first
