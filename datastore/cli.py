@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -99,3 +100,65 @@ def verify(dataset: Path | None) -> None:
         kinds = "kind" if len(faults) == 1 else "kinds"
         raise FormatError(f"{folder} has {len(faults)} {kinds} of faults, listed above")
     click.echo(summary(folder))
+
+
+def _positions(_ctx: click.Context, _option: click.Parameter, text: str | None) -> slice | None:
+    if text is None:
+        return None
+    first, colon, last = text.partition(":")
+    if not colon or not all(part == "" or part.isdecimal() for part in (first, last)):
+        raise click.BadParameter(f"{text!r} is not a:b, e.g. 100:140 or 100:")
+    return slice(int(first) if first else None, int(last) if last else None)
+
+
+@main.command()
+@click.argument("dataset", required=False, type=click.Path(path_type=Path))
+@click.option("--row", "index", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--split", type=click.Choice(["train", "valid"]), default="train", show_default=True)
+@click.option("--teacher", help="Whose targets to show; needed when there are several.")
+@click.option(
+    "--positions",
+    callback=_positions,
+    metavar="A:B",
+    help="Show the targets at these positions of the row. [default: the first 20 of each span]",
+)
+def inspect(
+    dataset: Path | None,
+    index: int,
+    split: Literal["train", "valid"],
+    teacher: str | None,
+    positions: slice | None,
+) -> None:
+    """Print a row of DATASET as a person reads it: spans in colour, the teacher's top ids beside the text.
+
+    Control tokens are shown as <|start|>; the same letters in ordinary text as <\\|start|>.
+
+    \b
+    vpmoe-data inspect --row 3
+    vpmoe-data inspect data/demo --split valid --teacher tiny --positions 100:140
+    """
+    from datastore.show import make_console, print_row
+
+    print_row(
+        dataset or default_dataset(),
+        split=split,
+        index=index,
+        teacher=teacher,
+        positions=positions,
+        console=make_console(),
+    )
+
+
+@main.command()
+@click.argument("dataset", required=False, type=click.Path(path_type=Path))
+def stats(dataset: Path | None) -> None:
+    """Print what DATASET holds: counts, document lengths, rejects, and the error budget of its targets.
+
+    \b
+    vpmoe-data stats
+    vpmoe-data stats data/demo
+    """
+    from datastore.show import make_console
+    from datastore.stats import print_stats
+
+    print_stats(dataset or default_dataset(), make_console())
