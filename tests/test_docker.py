@@ -81,7 +81,9 @@ def test_one_teacher_gpu_and_seven_student_gpus(services: dict) -> None:
     teacher, student = _gpus(services["teacher"]), _gpus(services["student"])
     assert len(teacher) == 1 and len(student) == 7
     assert sorted(teacher + student) == [str(i) for i in range(8)]
-    assert int(services["student"]["environment"]["VPMOE_GPUS"]) == len(student)
+    for name in ("student", "student-8"):
+        assert int(services[name]["environment"]["VPMOE_GPUS"]) == len(_gpus(services[name]))
+    assert sorted(_gpus(services["student-8"])) == sorted(teacher + student)
 
 
 def test_engines_are_those_of_the_cpu_host(versions: dict[str, str]) -> None:

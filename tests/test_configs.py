@@ -1,0 +1,68 @@
+"""Every YAML of configs/ is of exactly one kind, and a misspelt key is answered with the nearest one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from common.config import CONFIG_ROOT, Config, load_config
+from common.errors import ConfigError
+from datastore.build import DataConfig
+from datastore.teacher import TeacherConfig
+from trainer.config import KDConfig, StudentConfig
+
+KINDS = (DataConfig, TeacherConfig, StudentConfig, KDConfig)
+FOLDERS = {
+    "data": DataConfig,
+    "teacher": TeacherConfig,
+    "student": StudentConfig,
+    "configs": KDConfig,
+}
+FILES = sorted(CONFIG_ROOT.rglob("*.yaml"))
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(CONFIG_ROOT))
+
+
+def _accepts(kind: type[Config], path: Path) -> bool:
+    try:
+        load_config(kind, path)
+    except ConfigError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("path", FILES, ids=_name)
+def test_file_is_of_the_one_kind_of_its_folder(path: Path) -> None:
+    assert [kind for kind in KINDS if _accepts(kind, path)] == [FOLDERS[path.parent.name]]
+
+
+@pytest.mark.parametrize("path", FILES, ids=_name)
+def test_misspelt_key_is_answered_with_the_right_one(path: Path) -> None:
+    kind = FOLDERS[path.parent.name]
+    key = max(yaml.safe_load(path.read_text()), key=len)
+    misspelt = key[:-1] + "x"
+    with pytest.raises(ConfigError, match=f"unknown key '{misspelt}'.*did you mean '{key}'"):
+        load_config(kind, path, (f"{misspelt}=1",))
+
+
+def test_offline_pipeline_needs_no_paths() -> None:
+    data = load_config(DataConfig, CONFIG_ROOT / "data" / "synth.yaml")
+    base = load_config(KDConfig, CONFIG_ROOT / "base.yaml")
+    assert base.dataset == data.out
+    assert (
+        load_config(TeacherConfig, CONFIG_ROOT / "teacher" / f"{base.teacher}.yaml").name
+        == base.teacher
+    )
+
+
+def test_locked_student_is_the_one_of_the_document() -> None:
+    text = (CONFIG_ROOT.parent / "docs" / "architecture.md").read_text()
+    student = load_config(StudentConfig, CONFIG_ROOT / "student" / "vpmoe.yaml")
+    expert = 2 * student.hidden * student.expert_width + student.expert_width + student.hidden
+    experts = (student.layers - student.dense_layers) * student.experts * expert
+    assert f"| routed experts 79 x 256 x {expert:,} | {experts:,} |" in text
+    assert f"| output head | {student.vocab_size * student.hidden:,} |" in text
