@@ -178,10 +178,11 @@ class CoreAttention(MegatronModule):
         )
         self.scale = config.kv_channels**-0.5
         self.attend = flexible_attention if backend == "flex" else dense_attention
-        self.sink = torch.nn.Parameter(
-            torch.empty(heads, dtype=config.params_dtype, device=torch.cuda.current_device())
-        )
-        config.init_method(self.sink)
+        # Drawn for every head and sliced: the values, and all drawn after them, do not depend on the TP size.
+        sink = torch.empty(config.num_attention_heads, device=torch.cuda.current_device())
+        config.init_method(sink)
+        first = heads * self.tp_group.rank()
+        self.sink = torch.nn.Parameter(sink[first : first + heads].to(config.params_dtype).clone())
         self.sink.tensor_model_parallel = True
         self.sink.partition_dim, self.sink.partition_stride = 0, 1
 

@@ -90,6 +90,9 @@ class RoutedExperts(MegatronModule):
         local = every[first : first + num_local].to(config.params_dtype).clone()
         parameter = torch.nn.Parameter(local)
         parameter.allreduce = config.expert_model_parallel_size == 1
+        # Without this optimizer/clip_grads.py leaves the experts of TP ranks above 0 out of the gradient norm, as copies.
+        parameter.tensor_model_parallel = config.expert_model_parallel_size > 1
+        parameter.partition_dim, parameter.partition_stride = 0, 1
         return parameter
 
 

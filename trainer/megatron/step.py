@@ -190,10 +190,10 @@ class Trainer:
         self.optimizer.step_with_ready_grads()
 
     def _router_values(self) -> dict[str, float]:
-        dist.all_reduce(self.routed_LE)
-        aux = self.topology.sum(
-            torch.stack([router.take_aux_loss() for router in self.routers]).sum()
-        )
+        """Routing of the step. Sums go over all ranks: tensor-parallel ones hold slices of the rows."""
+        aux = torch.stack([router.take_aux_loss() for router in self.routers]).sum()
+        for value in (aux, self.routed_LE):
+            dist.all_reduce(value)
         biases_LE = torch.stack([router.expert_bias for router in self.routers])
         values = router_metrics(self.routed_LE, biases_LE)
         return values | {"router/aux_loss": float(aux) / self.config.batch.global_batch_size}

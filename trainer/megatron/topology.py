@@ -25,7 +25,7 @@ _TIMEOUT = datetime.timedelta(minutes=30)
 class Topology:
     """Ranks, sizes and groups of this process, passed as a value to whatever communicates.
 
-    The EP group is a part of the DP group: every rank of it reads other rows.
+    Experts are spread over all ranks whatever their TP rank: EP groups cut the world anew.
     """
 
     device: torch.device
@@ -115,11 +115,11 @@ def distributed(
     if not joined:
         _start_process_group(device, deterministic)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    if world_size % (parallel.tensor * parallel.expert):
+    if world_size % parallel.tensor or world_size % parallel.expert:
         raise ConfigError(
             "the number of processes",
             got=world_size,
-            expected="a multiple of parallel.tensor * parallel.expert",
+            expected=f"a multiple of parallel.tensor={parallel.tensor} and parallel.expert={parallel.expert}",
         )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
