@@ -5,8 +5,8 @@
 
 Ways: `gemms` is the floor, the three products alone; `naive_ce` and `naive_kd` form float32 log-probabilities of all
 logits; `ours_ce` and `ours_kd` are the fused function without and with teacher entries, at each chunk size.
-Writes benchmarks/results/loss_<device>.json; ms is the least of the repeats (other
-load on the machine only adds), ratios are of that; memory is the peak above the inputs.
+Writes benchmarks/results/loss_<device>.json; `ms` is the least of the repeats, as other load on
+the machine only adds; `over_gemms` is its ratio to the floor; memory is the peak above the inputs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from trainer.losses.fused_linear import TokenTargets, fused_linear_loss
 
 RESULTS = Path(__file__).parent / "results"
 DEFAULTS = {
-    "cpu": {"tokens": [512, 1024, 2048], "hidden": 64, "dtype": "float32", "chunks": [64, 256]},
+    "cpu": {"tokens": [512, 1024, 2048], "hidden": 64, "dtype": "float32", "chunks": [128, 256]},
     "cuda": {
         "tokens": [8192],
         "hidden": 1024,
@@ -137,21 +137,30 @@ class CudaMeter:
         return seconds, (torch.cuda.max_memory_allocated() - self.before) / 2**30
 
 
-def measure(step: Callable[..., None], inputs: Inputs, repeats: int) -> dict[str, float]:
-    """Milliseconds (least and median) and peak GiB above the inputs, after one step that warms up."""
+def measure(
+    steps: dict[str, Callable[..., None]], inputs: Inputs, repeats: int
+) -> dict[str, dict[str, float]]:
+    """Milliseconds (least and median) and peak GiB above the inputs of each step.
+
+    The steps take turns, so that a change of the machine's other load meets all of them; the first round warms up.
+    """
     meter = CudaMeter() if inputs[0].is_cuda else CpuMeter()
-    times, peaks = [], []
+    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for _ in range(repeats + 1):
-        inputs[0].grad = inputs[1].grad = None
-        meter.start()
-        step(*inputs)
-        seconds, peak = meter.stop()
-        times.append(1000 * seconds)
-        peaks.append(peak)
+        for name, step in steps.items():
+            inputs[0].grad = inputs[1].grad = None
+            meter.start()
+            step(*inputs)
+            runs[name].append(meter.stop())
+    return {name: _summary(taken[1:]) for name, taken in runs.items()}
+
+
+def _summary(taken: list[tuple[float, float]]) -> dict[str, float]:
+    seconds = [each for each, _ in taken]
     return {
-        "ms": round(min(times[1:]), 2),
-        "median_ms": round(statistics.median(times[1:]), 2),
-        "peak_gib": round(max(peaks[1:]), 3),
+        "ms": round(1000 * min(seconds), 2),
+        "median_ms": round(1000 * statistics.median(seconds), 2),
+        "peak_gib": round(max(peak for _, peak in taken), 3),
     }
 
 
@@ -167,7 +176,7 @@ def compare(tokens: int, arguments: argparse.Namespace) -> dict[str, dict[str, f
     for chunk in arguments.chunks:
         steps[f"ours_ce chunk {chunk}"] = ours(chunk, 0.0)
         steps[f"ours_kd chunk {chunk}"] = ours(chunk, 0.5)
-    results = {name: measure(step, inputs, arguments.repeats) for name, step in steps.items()}
+    results = measure(steps, inputs, arguments.repeats)
     for name, result in results.items():
         result["over_gemms"] = round(result["ms"] / results["gemms"]["ms"], 3)
         print(f"T={tokens:<6} {name:24} {json.dumps(result)}", flush=True)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
+from tests.trainer.packed import random_row
+from trainer.batch import make_batch
 from trainer.losses.fused_linear import TokenTargets, fused_linear_eval, fused_linear_loss
+from trainer.losses.objective import batch_loss
+from trainer.losses.spans import LossConfig, span_counts
 
 pytestmark = [
     pytest.mark.gpu,
@@ -100,3 +105,21 @@ def test_two_runs_are_bitwise_equal() -> None:
         runs.append((loss.detach(), ce_N, kd_N, *torch.autograd.grad(loss, inputs[:2])))
     for one, other in zip(*runs, strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_step_never_waits_for_the_device() -> None:
+    rng = np.random.default_rng(0)
+    rows = [random_row(rng, [(3, 20, 9)], 40, 97) for _ in range(3)]
+    batch = make_batch([row for row, _ in rows], [rows[0][1], None, rows[2][1]])
+    batch = batch.pin_memory().to("cuda")
+    hidden_BTD = torch.randn(3, 40, 16, device="cuda", requires_grad=True)
+    weight_VD = torch.randn(97, 16, device="cuda", requires_grad=True)
+    confidence = {"m": -3.0, "tau": 1.0, "w_min": 0.1, "w_max": 2.0}
+    config = LossConfig(kd_weight=0.5, confidence=confidence, chunk_tokens=32)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss, sums_CM = batch_loss(hidden_BTD, weight_VD, batch, span_counts(batch), config)
+        loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(sums_CM).all() and hidden_BTD.grad.any()

@@ -84,8 +84,8 @@ def span_counts(batch: Batch) -> torch.Tensor:
 
     Add over the micro-batches of a rank, all-reduce over data parallel ranks: that is `global_counts` below.
     """
-    spans = torch.tensor([SPAN_REASONING, SPAN_FINAL], device=batch.label_spans_BT.device)
-    return (batch.label_spans_BT.flatten() == spans[:, None]).sum(dim=1)
+    spans_BT = batch.label_spans_BT
+    return torch.stack([(spans_BT == span).sum() for span in (SPAN_REASONING, SPAN_FINAL)])
 
 
 def confidence_weights(batch: Batch, config: LossConfig) -> torch.Tensor:
@@ -108,9 +108,8 @@ def token_coefficients(
     """
     spans_N = batch.label_spans_BT.flatten()[batch.target_index_N].long()
     has_target_N = batch.has_target_BT.flatten()[batch.target_index_N].double()
-    span_weights = (config.span_weights.reasoning, config.span_weights.final)
-    weights = torch.tensor(span_weights, dtype=torch.float64)
-    per_position = weights.to(global_counts.device) / global_counts.clamp(min=1)
+    counts, weights = global_counts.clamp(min=1).double(), config.span_weights
+    per_position = torch.stack([weights.reasoning / counts[0], weights.final / counts[1]])
     coef_N = per_position[spans_N - SPAN_REASONING] * confidence_weights(batch, config)
     kd_share_N = config.kd_weight * has_target_N
     return (coef_N * (1 - kd_share_N)).float(), (coef_N * kd_share_N).float()
