@@ -77,6 +77,12 @@ class RowTally:
         self.spans += np.bincount(spans_T, minlength=3)[:3]
         self.control += int(np.count_nonzero(spans_T[tokens_T >= FIRST_CONTROL_ID]))
 
+    def merge(self, other: RowTally) -> None:
+        self.rows += other.rows
+        self.documents += other.documents
+        self.spans += other.spans
+        self.control += other.control
+
     def counts(self) -> SplitCounts:
         tokens, positions = int(self.spans.sum()), self.rows * self.seq_len
         ignored, reasoning, final = self.spans.tolist()
@@ -135,6 +141,15 @@ class TargetTally:
             entropy = math.fsum(getattr(document.entropy_sums, name) for document in documents)
             summed = quantities_4P[:, mask_P].sum(axis=1)
             self.sums[name] += [np.count_nonzero(mask_P), *summed, entropy]
+
+    def merge(self, other: TargetTally) -> None:
+        self.blob_bytes += other.blob_bytes
+        for split, counts in other.by_split.items():
+            mine = self.by_split.setdefault(split, dict.fromkeys(counts, 0))
+            for name, value in counts.items():
+                mine[name] += value
+        for name, sums in other.sums.items():
+            self.sums[name] += sums
 
     def differences(self, budget: Budget) -> Iterator[str]:
         """Every figure of `budget` that the store contradicts, with what was found.

@@ -81,19 +81,22 @@ def score(arguments: tuple[str, ...], name: str) -> None:
 
 @main.command()
 @click.argument("dataset", required=False, type=click.Path(path_type=Path))
-def verify(dataset: Path | None) -> None:
+@click.option("--workers", type=click.IntRange(min=1), help="Processes. [default: usable cores]")
+def verify(dataset: Path | None, workers: int | None) -> None:
     """Check every hash and every invariant of DATASET and of the targets beside it.
 
     Prints the first fault of each kind with its file and row, and exits with 1 when there is any.
 
     \b
     vpmoe-data verify
-    vpmoe-data verify data/demo
+    vpmoe-data verify data/demo --workers 2
     """
+    import os
+
     from datastore.verify import summary, verify_dataset
 
     folder = dataset or default_dataset()
-    faults = verify_dataset(folder)
+    faults = verify_dataset(folder, workers=workers or len(os.sched_getaffinity(0)))
     for fault in faults:
         click.echo(fault)
     if faults:

@@ -70,6 +70,7 @@ class SplitCounts(Config):
 
 class _Manifest(Config):
     format_version: int
+    tokenizer: TokenizerInfo
     files: dict[Split, tuple[FileEntry, ...]]
 
     @model_validator(mode="after")
@@ -94,7 +95,6 @@ class DatasetManifest(_Manifest):
     git_sha: str | None
     config: dict[str, Any]
     config_hash: str
-    tokenizer: TokenizerInfo
     renderer_version: str
     sources: tuple[SourceFile, ...]
     split_rule: dict[str, Any]
@@ -118,7 +118,6 @@ class TargetManifest(_Manifest):
     mode: dict[str, Any]
     temperature: float
     threshold: float
-    tokenizer: TokenizerInfo
     budget: dict[str, Any]
     alignment: dict[str, Any]
     counts: dict[str, Any]

@@ -1,11 +1,16 @@
-"""`vpmoe-data verify`: every hash and every invariant of a dataset and of the targets beside it."""
+"""`vpmoe-data verify`: every hash and every invariant of a dataset and of the targets beside it.
+
+One job a shard, with the target shards beside it, on worker processes; then what only the whole can tell (duplicate
+documents, counts, budgets). Faults are merged in the order of shards, so the first of a kind is always the same one.
+"""
 
 from __future__ import annotations
 
 import bisect
+import itertools
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import logs
@@ -28,9 +33,10 @@ from datastore.manifest import (
     load_dataset_manifest,
 )
 from datastore.reader import Dataset, TargetStore, document_positions
-from datastore.shard import DOC_ID_BYTES, shard_name
+from datastore.shard import DOC_ID_BYTES, FileEntry, TargetShard, TokenShard, shard_name
 from datastore.target import row_target
 from datastore.types import SPLITS, PackedRow, Split
+from datastore.workers import run_jobs
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class Fault:
         return f"{self.kind}: {where}: {self.message}{more}"
 
 
-def verify_dataset(folder: Path) -> list[Fault]:
+def verify_dataset(folder: Path, *, workers: int = 1) -> list[Fault]:
     """The first fault of each kind in a dataset and every target store below it; empty when all is well.
 
     Reads every byte twice (file hashes, then rows). A store whose manifest cannot be believed has that one fault.
@@ -61,10 +67,16 @@ def verify_dataset(folder: Path) -> list[Fault]:
     except VpmoeError as error:
         return [Fault("manifest", MANIFEST_NAME, None, str(error))]
     stores = list(_open_stores(dataset, faults))
-    verify_files(folder, dataset.manifest, "", faults)
+    _verify_unlisted(folder, dataset.manifest, "", faults)
     for store in stores:
-        verify_files(store.store.path, store.store.manifest, store.prefix, faults)
-    _verify_rows(dataset, stores, faults)
+        _verify_unlisted(store.path, store.manifest, _prefix(store.manifest.slug), faults)
+    reports = _shard_reports(dataset, stores, workers)
+    for report in reports:
+        faults.merge(report.faults)
+    _verify_counts(dataset.manifest, reports, faults)
+    _verify_identities(reports, faults)
+    for store in stores:
+        _verify_budget(store.manifest, reports, faults)
     return faults.found()
 
 
@@ -93,9 +105,13 @@ class Faults:
         self._first: dict[str, Fault] = {}
         self._counts: dict[str, int] = {}
 
-    def add(self, kind: str, file: str, row: int | None, message: str) -> None:
+    def add(self, kind: str, file: str, row: int | None, message: str, count: int = 1) -> None:
         self._first.setdefault(kind, Fault(kind, file, row, message))
-        self._counts[kind] = self._counts.get(kind, 0) + 1
+        self._counts[kind] = self._counts.get(kind, 0) + count
+
+    def merge(self, other: Faults) -> None:
+        for fault in other.found():
+            self.add(fault.kind, fault.file, fault.row, fault.message, fault.count)
 
     def found(self) -> list[Fault]:
         return [
@@ -104,167 +120,255 @@ class Faults:
         ]
 
 
-@dataclass
-class _Store:
-    """A target store under verification, and what was recounted of it."""
+@dataclass(frozen=True)
+class TargetJob:
+    """The target shard of one teacher beside a token shard."""
 
-    store: TargetStore
+    slug: str
+    folder: Path
+    entry: FileEntry
+    target_id: str
+    threshold: float
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """One token shard and the target shards beside it; all that a worker needs."""
+
+    folder: Path
+    entry: FileEntry
+    dataset_id: str
+    split: Split
+    shard: int
+    seq_len: int
+    targets: tuple[TargetJob, ...]
+
+
+@dataclass
+class TargetReport:
+    """What was recounted of one target shard. is_whole: every target could be read, so the sums mean something."""
+
     tally: TargetTally
     is_whole: bool = True
 
-    @property
-    def prefix(self) -> str:
-        return f"targets/{self.store.manifest.slug}/"
+
+@dataclass
+class ShardReport:
+    """What was found in one shard. is_whole: every row could be read.
+
+    doc_ids: 16 bytes each. read_rows: numbers of the rows that could be read; doc_ends: documents up to each of them.
+    """
+
+    split: Split
+    shard: int
+    tally: RowTally
+    targets: dict[str, TargetReport]
+    faults: Faults = field(default_factory=Faults)
+    is_whole: bool = True
+    doc_ids: bytearray = field(default_factory=bytearray)
+    read_rows: array[int] = field(default_factory=lambda: array("q"))
+    doc_ends: array[int] = field(default_factory=lambda: array("q"))
+
+    def add(self, row: PackedRow, index: int) -> None:
+        """Count a row that could be read."""
+        self.tally.add(row)
+        self.doc_ids += b"".join(row.doc_ids)
+        self.read_rows.append(index)
+        self.doc_ends.append(self.tally.documents)
 
 
-def verify_files(
-    folder: Path, manifest: DatasetManifest | TargetManifest, prefix: str, faults: Faults
+def verify_shard(job: ShardJob) -> ShardReport:
+    """Hash the files of a job, then read every row with its targets."""
+    name, place = job.entry.name, {"split": job.split, "shard": job.shard}
+    reports = {target.slug: TargetReport(TargetTally(target.threshold)) for target in job.targets}
+    report = ShardReport(tally=RowTally(job.seq_len), targets=reports, **place)
+    verify_file(job.folder, job.entry, "", report.faults)
+    for target in job.targets:
+        verify_file(target.folder, target.entry, _prefix(target.slug), report.faults)
+    try:
+        tokens = TokenShard(
+            job.folder, job.entry, dataset_id=job.dataset_id, seq_len=job.seq_len, **place
+        )
+    except FormatError as error:
+        report.faults.add("shard", name, None, str(error))
+        report.is_whole = False
+        return report
+    beside = list(_open_target_shards(job, report))
+    for index in range(tokens.num_rows):
+        try:
+            row = tokens.row(index)
+        except FormatError as error:
+            report.faults.add("row", name, index, str(error))
+            report.is_whole = False
+            continue
+        report.add(row, index)
+        _verify_row(row, name, index, report.faults)
+        for target, shard in beside:
+            _verify_targets(target, shard, index, row, report)
+    return report
+
+
+def verify_file(folder: Path, entry: FileEntry, prefix: str, faults: Faults) -> None:
+    """Presence, size and sha256 of a listed file; `prefix` leads its name in a fault."""
+    path, name = folder / entry.name, prefix + entry.name
+    if not path.is_file():
+        faults.add("missing file", name, None, "it is listed and absent")
+    elif (size := path.stat().st_size) != entry.bytes:
+        faults.add("file size", name, None, f"{size} bytes, the manifest lists {entry.bytes}")
+    elif (found := sha256_file(path)) != entry.sha256:
+        faults.add("file sha256", name, None, f"{found}, the manifest lists {entry.sha256}")
+
+
+def _open_target_shards(
+    job: ShardJob, report: ShardReport
+) -> Iterator[tuple[TargetJob, TargetShard]]:
+    place = {"split": job.split, "shard": job.shard}
+    for target in job.targets:
+        try:
+            yield (
+                target,
+                TargetShard(target.folder, target.entry, target_id=target.target_id, **place),
+            )
+        except FormatError as error:
+            file = _prefix(target.slug) + target.entry.name
+            report.faults.add("target shard", file, None, str(error))
+            report.targets[target.slug].is_whole = False
+
+
+def _verify_row(row: PackedRow, name: str, index: int, faults: Faults) -> None:
+    try:
+        check_padding(row)
+    except FormatError as error:
+        faults.add("padding", name, index, str(error))
+    for number, where in enumerate(row.documents()):
+        try:
+            check_document(row.tokens_T[where], row.spans_T[where])
+        except FormatError as error:
+            faults.add("document", name, index, f"document {number}: {error}")
+
+
+def _verify_targets(
+    target: TargetJob, shard: TargetShard, index: int, row: PackedRow, report: ShardReport
 ) -> None:
-    """Presence, size and sha256 of every listed file, and no shard that is not listed."""
-    entries = [entry for split in SPLITS for entry in manifest.entries(split)]
-    with logs.progress(f"hash {prefix or 'shards'}", sum(e.bytes for e in entries), "B") as bar:
-        for entry in entries:
-            path = folder / entry.name
-            if not path.is_file():
-                faults.add("missing file", prefix + entry.name, None, "it is listed and absent")
-            elif path.stat().st_size != entry.bytes:
-                message = f"{path.stat().st_size} bytes, the manifest lists {entry.bytes}"
-                faults.add("file size", prefix + entry.name, None, message)
-            elif (found := sha256_file(path)) != entry.sha256:
-                message = f"{found}, the manifest lists {entry.sha256}"
-                faults.add("file sha256", prefix + entry.name, None, message)
-            bar.advance(entry.bytes)
-    listed = {entry.name for entry in entries}
-    for split in SPLITS:
-        for path in sorted((folder / split).glob("*.arrow")):
-            if (name := f"{split}/{path.name}") not in listed:
-                faults.add("unlisted file", prefix + name, None, "the manifest does not list it")
+    try:
+        blob = shard.blob(index, row.row_hash)
+        if blob is None:
+            return
+        documents = codec.decode_blob(blob, document_positions(row))
+        sparse = row_target(documents, row)
+        if sparse.threshold != target.threshold:
+            raise FormatError("threshold", got=sparse.threshold, expected=target.threshold)
+    except (FormatError, AlignmentError) as error:
+        kind = "targets" if isinstance(error, FormatError) else "alignment of targets"
+        report.faults.add(kind, _prefix(target.slug) + target.entry.name, index, str(error))
+        report.targets[target.slug].is_whole = False
+        return
+    report.targets[target.slug].tally.add(report.split, row, documents, sparse, blob)
 
 
-def _open_stores(dataset: Dataset, faults: Faults) -> Iterator[_Store]:
+def _open_stores(dataset: Dataset, faults: Faults) -> Iterator[TargetStore]:
     for slug in target_slugs(dataset.path):
         try:
             store = TargetStore.open(dataset, slug, check_sizes=False)
             if store.manifest.slug != slug:
                 raise FormatError("the slug", got=store.manifest.slug, expected=slug)
             require_same_source(store.manifest, dataset.manifest)
-            yield _Store(store, TargetTally(store.manifest.threshold))
+            yield store
         except VpmoeError as error:
             faults.add("target manifest", f"targets/{slug}/{MANIFEST_NAME}", None, str(error))
 
 
-def _verify_rows(dataset: Dataset, stores: list[_Store], faults: Faults) -> None:
-    """One pass over all rows, each with its targets, and then what only the whole can tell."""
-    manifest, identities = dataset.manifest, _Identities(dataset)
-    total = sum(dataset.num_rows(split) for split in SPLITS)
-    with logs.progress("verify rows", total, "rows") as bar:
-        for split in SPLITS:
-            tally, unread = RowTally(manifest.seq_len), 0
-            for index in range(dataset.num_rows(split)):
-                bar.advance(1)
-                place = _place(dataset, split, index)
-                try:
-                    row = dataset.row(split, index)
-                except FormatError as error:
-                    faults.add("row", *place, str(error))
-                    unread += 1
-                    for store in stores:
-                        store.is_whole = False
-                    continue
-                tally.add(row)
-                identities.add(split, index, row)
-                _verify_row(row, place, faults)
-                for store in stores:
-                    _verify_targets(store, split, index, row, faults)
-            if not unread:
-                _verify_counts(split, tally, manifest, faults)
-    identities.verify(faults)
-    for store in stores:
-        if store.is_whole:  # else its sums say nothing more
-            _verify_budget(store, faults)
-
-
-def _verify_row(row: PackedRow, place: tuple[str, int], faults: Faults) -> None:
-    try:
-        check_padding(row)
-    except FormatError as error:
-        faults.add("padding", *place, str(error))
-    for number, where in enumerate(row.documents()):
-        try:
-            check_document(row.tokens_T[where], row.spans_T[where])
-        except FormatError as error:
-            faults.add("document", *place, f"document {number}: {error}")
-
-
-def _verify_targets(
-    store: _Store, split: Split, index: int, row: PackedRow, faults: Faults
+def _verify_unlisted(
+    folder: Path, manifest: DatasetManifest | TargetManifest, prefix: str, faults: Faults
 ) -> None:
-    file, number = _place(store.store.dataset, split, index)
-    try:
-        blob = store.store.blob(split, index, row.row_hash)
-        if blob is None:
-            return
-        documents = codec.decode_blob(blob, document_positions(row))
-        target = row_target(documents, row)
-        if target.threshold != store.tally.threshold:
-            raise FormatError("threshold", got=target.threshold, expected=store.tally.threshold)
-    except (FormatError, AlignmentError) as error:
-        kind = "targets" if isinstance(error, FormatError) else "alignment of targets"
-        faults.add(kind, store.prefix + file, number, str(error))
-        store.is_whole = False
-        return
-    store.tally.add(split, row, documents, target, blob)
+    for split in SPLITS:
+        listed = {entry.name for entry in manifest.entries(split)}
+        for path in sorted((folder / split).glob("*.arrow")):
+            if (name := f"{split}/{path.name}") not in listed:
+                faults.add("unlisted file", prefix + name, None, "the manifest does not list it")
 
 
-def _verify_counts(
-    split: Split, tally: RowTally, manifest: DatasetManifest, faults: Faults
-) -> None:
-    found, stated = tally.counts(), manifest.counts.get(split)
-    if stated is None and not found.rows:
-        return
-    if stated != found:
-        message = f"{split}: the manifest states {stated}, the rows hold {found}"
-        faults.add("counts", MANIFEST_NAME, None, message)
+def _shard_reports(dataset: Dataset, stores: list[TargetStore], workers: int) -> list[ShardReport]:
+    """The reports of all shards, in order."""
+    manifest = dataset.manifest
+    jobs = [
+        ShardJob(
+            folder=dataset.path,
+            entry=entry,
+            dataset_id=manifest.dataset_id,
+            split=split,
+            shard=shard,
+            seq_len=manifest.seq_len,
+            targets=tuple(_target_job(store, split, shard) for store in stores),
+        )
+        for split in SPLITS
+        for shard, entry in enumerate(manifest.entries(split))
+    ]
+    reports = []
+    with logs.progress("verify", sum(job.entry.rows for job in jobs), "rows") as bar:
+        for report in run_jobs(verify_shard, jobs, workers=workers):
+            bar.advance(manifest.entries(report.split)[report.shard].rows)
+            reports.append(report)
+    return sorted(reports, key=lambda report: (SPLITS.index(report.split), report.shard))
 
 
-def _verify_budget(store: _Store, faults: Faults) -> None:
-    file, manifest = store.prefix + MANIFEST_NAME, store.store.manifest
+def _target_job(store: TargetStore, split: Split, shard: int) -> TargetJob:
+    manifest = store.manifest
+    return TargetJob(
+        slug=manifest.slug,
+        folder=store.path,
+        entry=manifest.entries(split)[shard],
+        target_id=manifest.target_id,
+        threshold=manifest.threshold,
+    )
+
+
+def _verify_counts(manifest: DatasetManifest, reports: list[ShardReport], faults: Faults) -> None:
+    for split in SPLITS:
+        own = [report for report in reports if report.split == split]
+        if not all(report.is_whole for report in own) or not (own or split in manifest.counts):
+            continue
+        tally = RowTally(manifest.seq_len)
+        for report in own:
+            tally.merge(report.tally)
+        found, stated = tally.counts(), manifest.counts.get(split)
+        if stated != found:
+            message = f"{split}: the manifest states {stated}, the rows hold {found}"
+            faults.add("counts", MANIFEST_NAME, None, message)
+
+
+def _verify_budget(manifest: TargetManifest, reports: list[ShardReport], faults: Faults) -> None:
+    targets = [report.targets[manifest.slug] for report in reports]
+    if not all(report.is_whole for report in (*reports, *targets)):
+        return  # the sums of a part say nothing
+    tally, file = TargetTally(manifest.threshold), _prefix(manifest.slug) + MANIFEST_NAME
+    for target in targets:
+        tally.merge(target.tally)
     try:
         budget = Budget.model_validate(manifest.budget)
     except ValueError as error:
         faults.add("budget", file, None, str(error))
         return
-    for difference in store.tally.differences(budget):
+    for difference in tally.differences(budget):
         faults.add("budget", file, None, difference)
     for split, stated in manifest.counts.items():
-        found = store.tally.by_split.get(split, {"documents": 0, "tokens": 0})
+        found = tally.by_split.get(split, {"documents": 0, "tokens": 0})
         if stated != found:
             faults.add("target counts", file, None, f"{split}: manifest {stated}, stored {found}")
 
 
-class _Identities:
-    """The ids of all documents, 16 bytes each, and which row each came from."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        self._dataset = dataset
-        self._ids, self._ends = bytearray(), array("q")
-        self._splits, self._indices = bytearray(), array("q")
-
-    def add(self, split: Split, index: int, row: PackedRow) -> None:
-        self._ids += b"".join(row.doc_ids)
-        self._ends.append(len(self._ids) // DOC_ID_BYTES)
-        self._splits.append(SPLITS.index(split))
-        self._indices.append(index)
-
-    def verify(self, faults: Faults) -> None:
-        for document in duplicate_documents(self._ids).tolist():
-            row = bisect.bisect_right(self._ends, document)
-            place = _place(self._dataset, SPLITS[self._splits[row]], self._indices[row])
-            start = document * DOC_ID_BYTES
-            name = self._ids[start : start + DOC_ID_BYTES].hex()
-            faults.add("duplicate document", *place, f"document {name} came before")
+def _verify_identities(reports: list[ShardReport], faults: Faults) -> None:
+    """No document twice, over all shards."""
+    starts = list(itertools.accumulate((r.tally.documents for r in reports), initial=0))
+    doc_ids = b"".join(report.doc_ids for report in reports)
+    for document in duplicate_documents(doc_ids).tolist():
+        number = bisect.bisect_right(starts, document) - 1
+        report = reports[number]
+        row = report.read_rows[bisect.bisect_right(report.doc_ends, document - starts[number])]
+        name = doc_ids[document * DOC_ID_BYTES : (document + 1) * DOC_ID_BYTES].hex()
+        file = shard_name(report.split, report.shard)
+        faults.add("duplicate document", file, row, f"document {name} came before")
 
 
-def _place(dataset: Dataset, split: Split, index: int) -> tuple[str, int]:
-    shard, row = dataset.locate(split, index)
-    return shard_name(split, shard), row
+def _prefix(slug: str) -> str:
+    return f"targets/{slug}/"

@@ -20,7 +20,7 @@ from datastore.manifest import (
 )
 from datastore.shard import write_token_shard
 from datastore.types import DocTarget, PackedRow, TargetSums
-from datastore.verify import Fault, Faults, verify_dataset, verify_files
+from datastore.verify import Fault, Faults, verify_dataset, verify_file
 
 SEQ_LEN = 320
 
@@ -69,6 +69,16 @@ def test_a_whole_dataset_has_no_fault(folder) -> None:
     assert verify_dataset(folder) == []
 
 
+def test_workers_do_not_change_the_faults(folder, handmade) -> None:
+    assert verify_dataset(folder, workers=2) == []
+    for name in ("train/shard-00001", "train/shard-00000", "targets/tiny/valid/shard-00000"):
+        path = folder / f"{name}.arrow"
+        handmade.flip_bit(path, 8 * (path.stat().st_size // 2))
+    faults = verify_dataset(folder, workers=1)
+    assert {fault.count for fault in faults if fault.kind == "file sha256"} == {3}
+    assert verify_dataset(folder, workers=3) == faults
+
+
 def test_the_command_exits_0_with_one_line_and_1_with_the_faults(folder, handmade) -> None:
     good = CliRunner().invoke(main, ["verify", str(folder)])
     assert good.exit_code == 0
@@ -93,12 +103,12 @@ def test_any_flipped_bit_is_a_fault(folder, handmade, name) -> None:
 def test_every_flipped_bit_of_a_small_shard_is_a_fault(tmp_path, handmade) -> None:
     rng = np.random.default_rng(0)
     shards = {"train": [[handmade.random_row(rng, 4)]], "valid": []}
-    manifest = handmade.write_dataset(tmp_path, shards, seq_len=4)
+    (entry,) = handmade.write_dataset(tmp_path, shards, seq_len=4).entries("train")
     path = tmp_path / "train/shard-00000.arrow"
 
     def file_faults() -> list[str]:
         faults = Faults()
-        verify_files(tmp_path, manifest, "", faults)
+        verify_file(tmp_path, entry, "", faults)
         return [fault.kind for fault in faults.found()]
 
     assert file_faults() == []
@@ -133,7 +143,7 @@ def test_missing_short_and_unlisted_files(folder) -> None:
     assert faults["missing file"].file == "train/shard-00000.arrow"
     assert faults["file size"].file == "valid/shard-00000.arrow"
     assert faults["unlisted file"].file == "train/shard-00002.arrow"
-    assert faults["row"].count == 3
+    assert faults["shard"].count == 2
 
 
 def test_exchanged_files(folder) -> None:
@@ -144,8 +154,8 @@ def test_exchanged_files(folder) -> None:
     other.write_bytes(content)
     faults = {fault.kind: fault for fault in verify_dataset(folder)}
     assert faults["file sha256"].count == 2
-    assert faults["row"].count == 4
-    assert "vpmoe.shard" in faults["row"].message
+    assert faults["shard"].count == 2
+    assert "vpmoe.shard" in faults["shard"].message
 
 
 def test_a_folder_without_manifest(tmp_path) -> None:
