@@ -1,0 +1,223 @@
+"""Runs of the real command: killed at a random moment and started again, resumed on other processes, refused, evaluated."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import yaml
+
+from tests.datastore import conftest as made
+from tests.trainer.megatron.tiny import tiny_config
+
+STEPS, SEQ_LEN = 8, 192
+PROGRAM = str(Path(sys.executable).with_name("vpmoe-train"))
+
+
+@pytest.fixture(scope="module")
+def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset with targets, and a config that trains a very small student with the real vocabulary on it."""
+    folder = tmp_path_factory.mktemp("runs")
+    rows = [made.pack([made.document(number % 6)], SEQ_LEN) for number in range(28)]
+    made.write_dataset(
+        folder / "data", {"train": [rows[:14], rows[14:21]], "valid": [rows[21:]]}, seq_len=SEQ_LEN
+    )
+    made.write_targets(folder / "data", unscored=(3,))
+    student = tiny_config().student.resolved() | {
+        "vocab_size": 201_088,
+        "hidden": 16,
+        "head_dim": 4,
+    }
+    config = tiny_config(
+        dataset=str(folder / "data"),
+        student=student,
+        steps=STEPS,
+        batch={"global_batch_size": 4, "micro_batch_size": 2},
+        kd_share=0.75,
+        optimizer={"lr": 1e-2},
+        schedule={"kind": "cosine", "warmup": 2},
+        checkpoint={"every": 3, "keep": 2},
+        eval={"every": 4, "rows": 5},
+    )
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config.resolved()))
+    return path
+
+
+def _command(processes: int, *arguments: str) -> list[str]:
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+    ]
+    return [*([*launch, "--no-python"] if processes > 1 else []), PROGRAM, *arguments]
+
+
+def _run(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        _command(processes, *arguments),
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=_environment(),
+    )
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def _train(processes: int, config: Path, run: Path, *overrides: str) -> None:
+    done = _run(processes, "kd", str(config), f"run={run}", *overrides)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def _train_and_kill(processes: int, config: Path, run: Path) -> None:
+    """Start, and SIGKILL every process of it at a random moment after the first checkpoint and before the end."""
+    process = subprocess.Popen(
+        _command(processes, "kd", str(config), f"run={run}"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=_environment(),
+    )
+    deadline = time.monotonic() + 240
+    while not (run / "checkpoints" / "latest").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    steps = random.randint(3, STEPS - 1)
+    while len(_steps(run, "loss/total")) < steps:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    time.sleep(random.uniform(0, 0.3))
+    for pid in [process.pid, *_descendants(process.pid)]:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def _descendants(pid: int) -> list[int]:
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    found, waiting = [], [pid]
+    while waiting:
+        below = children.get(waiting.pop(), [])
+        found += below
+        waiting += below
+    return found
+
+
+def _records(run: Path) -> list[dict]:
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def _steps(run: Path, name: str) -> list[tuple[int, float]]:
+    return [(record["step"], record[name]) for record in _records(run) if name in record]
+
+
+def _state(run: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the newest checkpoint: weights, buffers, optimizer."""
+    folder = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
+    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(of.size, dtype=of.properties.dtype)
+        for name, of in saved.items()
+        if hasattr(of, "size")
+    }
+    dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+    return tensors
+
+
+def _assert_same_end(one: Path, other: Path) -> None:
+    expected, got = _state(one), _state(other)
+    assert expected.keys() == got.keys() and len(expected) > 100
+    assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
+    for name in ("loss/total", "eval/total", "grad_norm", "lr"):
+        assert _steps(one, name) == _steps(other, name)
+
+
+@pytest.fixture(scope="module")
+def whole(config_path: Path) -> Path:
+    """A run on one process that nothing stopped."""
+    run = config_path.parent / "whole"
+    _train(1, config_path, run)
+    return run
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_as_if_never_stopped(config_path: Path, whole: Path) -> None:
+    run = config_path.parent / "killed"
+    _train_and_kill(1, config_path, run)
+    checkpoints = run / "checkpoints"
+    (checkpoints / ".tmp-step-00000099").mkdir()
+    shutil.copytree(
+        checkpoints / (checkpoints / "latest").read_text().strip(), checkpoints / "step-00000099"
+    )
+    _train(1, config_path, run)
+    _assert_same_end(whole, run)
+    assert sorted(p.name for p in checkpoints.iterdir()) == [
+        "latest",
+        "step-00000006",
+        "step-00000008",
+    ]
+
+
+@pytest.mark.slow
+def test_two_processes_killed_and_resumed_on_two_and_on_one(config_path: Path, whole: Path) -> None:
+    folder = config_path.parent
+    _train(2, config_path, folder / "two")
+    _train_and_kill(2, config_path, folder / "two-killed")
+    shutil.copytree(folder / "two-killed", folder / "two-to-one")
+    _train(2, config_path, folder / "two-killed")
+    _assert_same_end(folder / "two", folder / "two-killed")
+
+    _train(1, config_path, folder / "two-to-one")
+    for name in ("loss/positions/reasoning", "loss/scored_share/final"):
+        assert _steps(folder / "two-to-one", name) == _steps(whole, name)
+    for (_, got), (_, expected) in zip(
+        _steps(folder / "two-to-one", "loss/total"), _steps(whole, "loss/total"), strict=True
+    ):
+        assert got == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_evaluation_does_not_depend_on_processes_or_micro_batches(
+    config_path: Path, whole: Path
+) -> None:
+    values = []
+    for processes, size in [(1, 2), (1, 2), (1, 4), (2, 2)]:
+        done = _run(processes, "eval", str(whole), f"batch.micro_batch_size={size}")
+        assert done.returncode == 0, done.stderr[-3000:]
+        values.append(json.loads((whole / "eval.json").read_text()))
+    at_the_end = [record for record in _records(whole) if "eval/total" in record][-1]
+    assert values[0] == values[1] == at_the_end
+    for other in values[2:]:
+        assert other == pytest.approx(values[0], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_another_config_is_refused_with_the_difference(config_path: Path, whole: Path) -> None:
+    before = (whole / "metrics.jsonl").read_bytes()
+    done = _run(1, "kd", str(config_path), f"run={whole}", "optimizer.lr=0.5", "log.every=2")
+    assert done.returncode == 1
+    assert "config optimizer.lr: checkpoint 0.01, this run 0.5" in done.stderr
+    assert "log.every" not in done.stderr and "Traceback" not in done.stderr
+    assert (whole / "metrics.jsonl").read_bytes() == before
