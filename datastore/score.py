@@ -7,7 +7,6 @@ unfinished one leaves nothing. Batches restart with each shard, so a resumed run
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import logging
 from collections.abc import Iterator
