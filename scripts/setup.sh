@@ -39,6 +39,9 @@ install_torch() {
         install --index-url "$TORCH_INDEX" "torch==$TORCH" ||
         fail "torch $TORCH (CPU) was found neither among pip's find-links nor at $TORCH_INDEX" \
             "check the network, or point PIP_FIND_LINKS at a folder with the wheel"
+}
+
+require_cpu_torch() {
     "$VENV/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' ||
         fail "torch $TORCH in $VENV is no CPU build; delete $VENV and correct pip's find-links"
 }
@@ -53,7 +56,8 @@ fi
 if ! "$VENV/bin/python" -c '' 2>/dev/null; then
     python=$(find_python)
     say "making $VENV with $("$python" --version)"
-    "$python" -m venv --clear "$VENV" || fail "$python could not make $VENV"
+    rm -rf "$VENV" && mkdir -p "$VENV" && touch "$UNFINISHED"
+    "$python" -m venv "$VENV" || fail "$python could not make $VENV"
 fi
 touch "$UNFINISHED"
 say "installing torch $TORCH (CPU)"
@@ -62,6 +66,7 @@ say "installing the locked packages (a minute or two)"
 install -r requirements/host.lock ||
     fail "requirements/host.lock could not be installed" \
         "check that pip reaches a package index (PIP_INDEX_URL, or pip config), then run the same command again"
+require_cpu_torch
 install --no-build-isolation -e . || fail "this project could not be installed into $VENV"
 echo "$wanted" >"$STAMP"
 rm "$UNFINISHED"
