@@ -30,7 +30,7 @@ find_python() {
 }
 
 install() {
-    "$VENV/bin/python" -m pip install --disable-pip-version-check --quiet --no-deps "$@"
+    "$VENV/bin/python" -m pip install --disable-pip-version-check -qq --no-deps "$@"
 }
 
 # A CPU wheel named by PIP_FIND_LINKS or pip's own config comes first; otherwise PyTorch's CPU index.
