@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -135,19 +136,14 @@ def dataset_identity(config: dict[str, Any], sources: list[SourceFile]) -> dict[
 
 
 def _inspect_sources(sources: list[SourcePath], workers: int) -> list[SourceFile]:
-    """Sizes, hashes and rows of the sources, in their order."""
-    places = {source.path: place for place, source in enumerate(sources)}
-    found: dict[int, SourceFile] = {}
+    """Sizes, hashes and rows of the sources, in their order. In threads: hashing releases the interpreter."""
+    found = []
     total = sum(source.path.stat().st_size for source in sources)
-    with progress("hashing sources", total, "B") as bar:
-        for path, file in run_jobs(_inspect, sources, workers=workers):
-            found[places[path]] = file
+    with progress("hashing sources", total, "B") as bar, ThreadPoolExecutor(workers) as pool:
+        for file in pool.map(inspect_source, sources):
+            found.append(file)
             bar.advance(file.bytes)
-    return [found[place] for place in range(len(sources))]
-
-
-def _inspect(source: SourcePath) -> tuple[Path, SourceFile]:
-    return source.path, inspect_source(source)
+    return found
 
 
 def _finished_dataset(out: Path, identity: dict[str, Any]) -> DatasetManifest:
@@ -206,7 +202,8 @@ def _unit_jobs(
 def _build_units(jobs: list[UnitJob], workers: int) -> list[UnitRecord]:
     """The records of all units in order: those an earlier run finished, verified, and the rest built now."""
     begun = [job for job in jobs if job.record_path.exists()]
-    records = {r.unit: r for r in run_jobs(finished_unit, begun, workers=workers) if r}
+    with ThreadPoolExecutor(workers) as pool:
+        records = {record.unit: record for record in pool.map(finished_unit, begun) if record}
     if begun:
         _log.info("going on: %d of %d units are finished", len(records), len(jobs))
     total = sum(segment.rows for job in jobs for segment in job.segments)

@@ -158,24 +158,23 @@ def _hub_files(hub: HubConfig) -> list[SourcePath]:
     """
     import datasets
 
+    remedy = (
+        "check name, revision, network and HF_HUB_OFFLINE, or name local copies in source.files"
+    )
+    what = f"hub dataset {hub.repo} at {hub.revision}, split '{hub.split}'"
     try:
-        builder = datasets.load_dataset_builder(hub.repo, revision=hub.revision)
-        files = (builder.config.data_files or {}).get(hub.split, [])
-        local = datasets.DownloadManager(dataset_name=hub.repo).download(list(files))
+        splits = datasets.load_dataset_builder(hub.repo, revision=hub.revision).config.data_files
+        files = [str(file) for file in (splits or {}).get(hub.split, [])]
+        if not files or not all(file.endswith(".parquet") for file in files):
+            got = ", ".join(files[:3]) or f"no files (splits: {', '.join(map(str, splits or []))})"
+            raise SourceError(what, got=got, expected="parquet files")
+        local = datasets.DownloadManager(dataset_name=hub.repo).download(files)
     except (OSError, ValueError, RuntimeError) as error:
-        raise SourceError(
-            f"hub dataset {hub.repo} at {hub.revision} cannot be read: {error}",
-            remedy="check name, revision, network and HF_HUB_OFFLINE, or name local copies in source.files",
-        ) from None
-    names = [str(name).rsplit("/", 1)[-1] for name in files]
-    if not names or not all(name.endswith(".parquet") for name in names):
-        raise SourceError(
-            f"hub dataset {hub.repo}, split '{hub.split}'",
-            got=", ".join(names[:3])
-            or f"no files (splits: {', '.join(builder.config.data_files)})",
-            expected="parquet files",
-        )
-    return [SourcePath(name=name, path=Path(path)) for name, path in zip(names, local, strict=True)]
+        raise SourceError(f"{what} cannot be read: {error}", remedy=remedy) from None
+    return [
+        SourcePath(name=file.rsplit("/", 1)[-1], path=Path(path))
+        for file, path in zip(files, local, strict=True)
+    ]
 
 
 def _open_parquet(path: Path) -> pq.ParquetFile:

@@ -29,6 +29,7 @@ def small_dataset(sample_parquet: list[Path], tmp_path_factory: pytest.TempPathF
     out = tmp_path_factory.mktemp("small") / "dataset"
     config = DataConfig(
         source={"files": [str(path) for path in sample_parquet]},
+        render={"developer": "Think, then answer."},  # short, so that a row holds two documents
         split={"valid_fraction": 0.15},
         shard={"source_rows": 100, "valid_rows": 32},
         seq_len=256,
