@@ -1,7 +1,7 @@
 """The config of a KD run: one YAML file, `configs/base.yaml` or `configs/demo.yaml`.
 
-`student: NAME` reads configs/student/NAME.yaml. Keys that hold a later part of the locked student (`student.tpa` and the
-like) exist and are refused until that part does. Needs no Megatron, so a config can be checked anywhere.
+`student: NAME` reads configs/student/NAME.yaml. Keys that hold a later part of the locked student (`student.tpa`
+and the like) exist and are refused until that part does. Needs no Megatron, so a config can be checked anywhere.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class RouterConfig(Config):
     """DeepSeek-V3 routing (arXiv 2412.19437, 2408.15664): sigmoid scores, expert groups, bias-balanced load.
 
     groups: experts are split into this many; group_topk of them are kept for a token. scaling: factor on the gates,
-    which sum to 1 before it. bias_update_rate: step of the balancing bias per optimizer step. aux_loss: coefficient of the
-    sequence-wise balance loss.
+    which sum to 1 before it. bias_update_rate: step of the balancing bias per optimizer step. aux_loss: coefficient
+    of the sequence-wise balance loss.
     """
 
     groups: PositiveInt
@@ -124,8 +124,8 @@ class ModelRuntime(Config):
 
     transformer_impl: norms and linear layers, Megatron's own or TransformerEngine's (CUDA only).
     core_attention: FlexAttention (CUDA only) or the dense evaluation of the same functions, S x S scores kept.
-    expert_compute: one grouped product for all experts (CUDA, bf16) or a plain loop. precision: of weights and activations;
-    gradients and optimizer states are fp32. deterministic: only kernels that repeat bit by bit.
+    expert_compute: one grouped product for all experts (CUDA, bf16) or a plain loop. precision: of weights and
+    activations; gradients and optimizer states are fp32. deterministic: only kernels that repeat bit by bit.
     recompute: keep only layer inputs and compute each layer again in the backward pass.
     """
 
@@ -161,14 +161,18 @@ class ModelRuntime(Config):
 
 
 class BatchConfig(Config):
-    """Packed rows: of one optimizer step, and of one forward pass of a rank (changes memory and speed, not the result)."""
+    """Packed rows: of one optimizer step, and of one forward pass of a rank (changes memory and speed, not the
+    result).
+    """
 
     global_batch_size: PositiveInt
     micro_batch_size: PositiveInt
 
 
 class OptimizerConfig(Config):
-    """AdamW (arXiv 1711.05101). No decay on biases, norms, sinks and other vectors. clip: of the global gradient norm."""
+    """AdamW (arXiv 1711.05101). No decay on biases, norms, sinks and other vectors. clip: of the global gradient
+    norm.
+    """
 
     lr: PositiveFloat
     betas: tuple[float, float] = (0.9, 0.95)
@@ -203,7 +207,10 @@ class CheckpointConfig(Config):
 
 
 class EvalConfig(Config):
-    """every: steps between evaluations (0: only after the last step). rows: of the valid split, from its start; null: all."""
+    """every: steps between evaluations, one before the first step and one after the last (0: only the last).
+
+    rows: of the valid split, from its start; null: all.
+    """
 
     every: int = Field(0, ge=0)
     rows: PositiveInt | None = None
@@ -218,9 +225,10 @@ class LogConfig(Config):
 class KDConfig(ModelRuntime):
     """One run of `vpmoe-train kd`.
 
-    run: folder of the run. dataset: a built dataset; its valid split is evaluated. teacher: slug of the targets under it, null
-    for cross entropy alone. kd_share: part of every global batch's rows whose targets are used (the others train with
-    cross entropy). budget: limits on the targets' own error, checked before the first step. steps: optimizer steps.
+    run: folder of the run. dataset: a built dataset; its valid split is evaluated. teacher: slug of the targets
+    under it, null for cross entropy alone. kd_share: part of every global batch's rows whose targets are used (the
+    others train with cross entropy). budget: limits on the targets' own error, checked before the first step.
+    steps: optimizer steps.
     """
 
     INCLUDES: ClassVar[dict[str, str]] = {"student": "student"}

@@ -79,6 +79,8 @@ class KDRun:
         start, stream = self._start()
         loader = self._loader(stream)
         log = RunLog(self.folder, self.topology.rank, resumed_step=start)
+        if start == 0 and config.eval.every:
+            self._evaluate(0, log)
         for step in range(start, config.steps):
             clock = Clock(self.topology.device)
             began = time.perf_counter()
@@ -91,8 +93,7 @@ class KDRun:
                 values = self._values(report, rate, time.perf_counter() - began)
                 log.write(done, values, step_line(done, config.steps, values))
             if _due(done, config.eval.every, config.steps):
-                values = evaluate(self.trainer, self.data, config)
-                log.write(done, values, eval_line(done, values))
+                self._evaluate(done, log)
             if _due(done, config.checkpoint.every, config.steps):
                 self._save(done, stream)
         loader.close()
@@ -126,6 +127,10 @@ class KDRun:
             dp_size=topology.dp_size,
             device=topology.device,
         )
+
+    def _evaluate(self, step: int, log: RunLog) -> None:
+        values = evaluate(self.trainer, self.data, self.config)
+        log.write(step, values, eval_line(step, values))
 
     def _save(self, step: int, stream: RowStream) -> None:
         progress = Progress(step=step, stream=stream.state(), provenance=self.provenance)

@@ -6,7 +6,9 @@ from trainer.config import StudentConfig
 
 
 def parameter_counts(student: StudentConfig) -> dict[str, int]:
-    """Parameters by component, `total`, and `active`: those that one token passes (experts_per_token of the experts)."""
+    """Parameters by component, `total`, and `active`: those that one token passes (experts_per_token of the
+    experts).
+    """
     D, width = student.hidden, student.expert_width
     moe_layers = student.layers - student.dense_layers
     queries, keys = student.heads * student.head_dim, student.kv_groups * student.head_dim

@@ -33,7 +33,8 @@ PACKAGES = (
     "tiktoken",
     "oss-harmony",
 )
-# Keys that may change when a run goes on: they shape no weight. `dataset` is held by its fingerprint instead of its path.
+# Keys that may change when a run goes on: they shape no weight. `dataset` is held by its fingerprint instead of its
+# path.
 FREE_KEYS = ("run", "dataset", "log", "eval", "checkpoint", "batch.micro_batch_size")
 _LOCK_WAIT_SEC = 15.0
 _LOG = logging.getLogger(__name__)
@@ -143,13 +144,13 @@ class RunLog:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Drop the records of steps after `step`, which will be made again, and a line cut by a kill."""
+    """Drop the records that will be made again: those after `step`, every one at step 0, and a line cut by a kill."""
     if not path.is_file():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(json.JSONDecodeError):
-            if json.loads(line)["step"] <= step:
+            if step and json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
     write_bytes(path, "".join(kept).encode())
 

@@ -1,4 +1,6 @@
-"""Runs of the real command: killed at a random moment and started again, resumed on other processes, refused, evaluated."""
+"""Runs of the real command: killed at a random moment and started again, resumed on other processes, refused,
+evaluated.
+"""
 
 from __future__ import annotations
 

@@ -75,3 +75,35 @@ def _whole(two: list[dict], kind: str, name: str, layout: str) -> np.ndarray:
         return np.concatenate([first, second], axis=two[0]["axes"][name])
     np.testing.assert_array_equal(first, second)
     return first
+
+
+def _broken_step(rank: int) -> tuple[str, bool]:
+    """A step in which rank 1 alone holds a weight that is no number; its error, and whether any weight moved."""
+    import torch
+
+    from common.errors import VpmoeError
+    from trainer.megatron.topology import distributed
+
+    config = tiny_config()
+    with distributed("cpu", config.parallel, seed=1, deterministic=True) as topology:
+        from trainer.megatron.step import Trainer
+
+        trainer = Trainer(config, topology, SEQ_LEN)
+        with torch.no_grad():
+            if rank == 1:
+                trainer.student.output_layer.weight[0] = float("nan")
+        before = [p.detach().clone() for p in trainer.student.parameters()]
+        try:
+            step(trainer, micro_batches(tiny_rows(4, seed=rank), 2), 1e-2)
+        except VpmoeError as error:
+            pairs = zip(before, trainer.student.parameters(), strict=True)
+            return str(error), any(
+                not torch.equal(old, new) for old, new in pairs if not old.isnan().any()
+            )
+    return "no error", True
+
+
+def test_a_number_that_is_not_finite_on_one_rank_stops_all_before_the_update() -> None:
+    for message, moved in run_gloo(_broken_step, 2):
+        assert "not finite" in message
+        assert not moved

@@ -110,7 +110,9 @@ def dense_attention(
     score_function: ScoreFunction | None,
     scale: float,
 ) -> torch.Tensor:
-    """The reference: the mask and score functions on every pair, in fp32 or wider. Returns [B, H, S, D] in q's dtype."""
+    """The reference: the mask and score functions on every pair, in fp32 or wider. Returns [B, H, S, D] in q's
+    dtype.
+    """
     B, H, S, _ = q_BHSD.shape
     dtype = torch.promote_types(q_BHSD.dtype, torch.float32)
     groups = H // k_BGSD.shape[1]

@@ -4,8 +4,8 @@
     checkpoints/step-00000020/            *.distcp, common.pt, metadata.json: Megatron's; vpmoe.json: ours
     checkpoints/.tmp-step-00000040/       left by a killed writer, swept at the next start
 
-Weights and optimizer state are stored by global shape, so another number of data-parallel ranks reads them. Random states
-belong to ranks and are taken over on the same layout only; no training step draws a number (dropout is 0).
+Weights and optimizer state are stored by global shape, so another number of data-parallel ranks reads them. Random
+states belong to ranks and are taken over on the same layout only; no training step draws a number (dropout is 0).
 """
 
 from __future__ import annotations

@@ -31,9 +31,9 @@ _SUM_LANES = 8  # grouped_mm wants 16-byte rows: eight bf16 columns of ones carr
 class RoutedExperts(MegatronModule):
     """The experts of this rank as four batched parameters.
 
-    fc1_weight [E, F, D], fc1_bias [E, F], fc2_weight [E, D, F], fc2_bias [E, D]. Initial values are drawn for all experts
-    and sliced, so they do not depend on the expert-parallel size. `grouped_mm` is one launch per product (bf16, CUDA);
-    `loop` is the plain form for any device and dtype, and its reference.
+    fc1_weight [E, F, D], fc1_bias [E, F], fc2_weight [E, D, F], fc2_bias [E, D]. Initial values are drawn for all
+    experts and sliced, so they do not depend on the expert-parallel size. `grouped_mm` is one launch per product
+    (bf16, CUDA); `loop` is the plain form for any device and dtype, and its reference.
     """
 
     def __init__(
@@ -90,7 +90,8 @@ class RoutedExperts(MegatronModule):
         local = every[first : first + num_local].to(config.params_dtype).clone()
         parameter = torch.nn.Parameter(local)
         parameter.allreduce = config.expert_model_parallel_size == 1
-        # Without this optimizer/clip_grads.py leaves the experts of TP ranks above 0 out of the gradient norm, as copies.
+        # Without this optimizer/clip_grads.py leaves the experts of TP ranks above 0 out of the gradient norm, as
+        # copies.
         parameter.tensor_model_parallel = config.expert_model_parallel_size > 1
         parameter.partition_dim, parameter.partition_stride = 0, 1
         return parameter
@@ -153,7 +154,9 @@ def _grouped(
 
 
 class _AddExpertBias(torch.autograd.Function):
-    """x + bias[expert of the row]. The bias gradient is a grouped product with ones: fp32 sums, a fixed order, no atomics."""
+    """x + bias[expert of the row]. The bias gradient is a grouped product with ones: fp32 sums, a fixed order,
+    no atomics.
+    """
 
     @staticmethod
     def forward(

@@ -1,9 +1,9 @@
 """The router: Megatron's TopKRouter (DeepSeek-V3 settings), its statistics made exact for packed rows.
 
-Upstream facts handled (megatron/core/transformer/moe): with a padding mask and several rows, router.py:310 divides by the
-mean row length of the micro-batch, so the balance loss would depend on the micro-batch size; router.py:509 combines a
-[tokens, experts] map with a [tokens] mask and fails; moe_utils.py:866 keeps the first layer count for the life of
-the process.
+Upstream facts handled (megatron/core/transformer/moe): with a padding mask and several rows, router.py:310 divides
+by the mean row length of the micro-batch, so the balance loss would depend on the micro-batch size; router.py:509
+combines a [tokens, experts] map with a [tokens] mask and fails; moe_utils.py:866 keeps the first layer count for
+the life of the process.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 
 class StudentRouter(TopKRouter):
-    """`aux_loss_sum`: balance losses of the rows routed since it was last read, coefficient included; see `take_aux_loss`."""
+    """`aux_loss_sum`: balance losses of the rows routed since it was last read, coefficient included; see
+    `take_aux_loss`.
+    """
 
     def __init__(self, *arguments: object, **keywords: object) -> None:
         super().__init__(*arguments, **keywords)

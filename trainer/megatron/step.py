@@ -1,10 +1,10 @@
 """One optimizer step on Megatron-Core: DDP, its forward-backward schedule, AdamW, clipping.
 
 Scaling. The loss of a micro-batch is a sum with coefficients 1 / N_s, N_s the span's positions in the whole global
-batch, so micro-batches and ranks simply add. Megatron divides instead: pipeline_parallel/schedules.py:253 by the number of
-micro-batches M, distributed/distributed_data_parallel.py by the data-parallel size D (expert gradients too, whose sum
-over EP is made by the dispatcher). So the loss handed over is multiplied by M * D. The router's balance loss is a mean
-over rows and takes both divisions as they are (schedules.py:277, MoEAuxLossAutoScaler).
+batch, so micro-batches and ranks simply add. Megatron divides instead: pipeline_parallel/schedules.py:253 by the
+number of micro-batches M, distributed/distributed_data_parallel.py by the data-parallel size D (expert gradients
+too, whose sum over EP is made by the dispatcher). So the loss handed over is multiplied by M * D. The router's
+balance loss is a mean over rows and takes both divisions as they are (schedules.py:277, MoEAuxLossAutoScaler).
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ class DivergedError(VpmoeError):
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """Numbers of one step, the same on every rank. values: flat names as in metrics.jsonl. seconds: by phase, this rank."""
+    """Numbers of one step, the same on every rank. values: flat names as in metrics.jsonl. seconds: by phase,
+    this rank.
+    """
 
     values: dict[str, float]
     seconds: dict[str, float]
@@ -155,7 +157,8 @@ class Trainer:
             **keywords,
         )
         if self.config.parallel.sequence_parallel:
-            # The loss hands back the whole gradient of hidden on every rank: the backward of this gather only splits it.
+            # The loss hands back the whole gradient of hidden on every rank: the backward of this gather only
+            # splits it.
             hidden_SBD = gather_from_sequence_parallel_region(
                 hidden_SBD, tensor_parallel_output_grad=False
             )

@@ -1,8 +1,8 @@
 """The student: Megatron-Core's GPTModel from our specs, returning hidden states (the loss owns the lm_head product).
 
-Every layer gets a fresh spec: models/gpt/gpt_layer_specs.py repeats one object, and an edit to one layer would reach all.
-`core_attention`, `linear_qkv` and `MoESubmodules.router` are plain callables there, the other slots go through build_module
-(transformer/attention.py:318,1267, transformer/moe/moe_layer.py:166).
+Every layer gets a fresh spec: models/gpt/gpt_layer_specs.py repeats one object, and an edit to one layer would
+reach all. `core_attention`, `linear_qkv` and `MoESubmodules.router` are plain callables there, the other slots go
+through build_module (transformer/attention.py:318,1267, transformer/moe/moe_layer.py:166).
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from trainer.megatron.router import StudentRouter
 class Student(GPTModel):
     """GPTModel whose forward ends at the final norm: it returns [S, B, D], under sequence parallelism this rank's S.
 
-    The lm_head is `output_layer.weight` [V / TP, D], untied from the embedding; losses multiply by it in chunks, so logits
-    [S, B, V] never exist.
+    The lm_head is `output_layer.weight` [V / TP, D], untied from the embedding; losses multiply by it in chunks, so
+    logits [S, B, V] never exist.
     """
 
     def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -61,7 +61,9 @@ def build_student(
 def transformer_config(
     student: StudentConfig, runtime: ModelRuntime, parallel: ParallelConfig
 ) -> TransformerConfig:
-    """Megatron's config. Its defaults that would add dropout, fused kernels of other paths or another norm are set here."""
+    """Megatron's config. Its defaults that would add dropout, fused kernels of other paths or another norm are
+    set here.
+    """
     dtype = torch.bfloat16 if runtime.precision == "bf16" else torch.float32
     return TransformerConfig(
         num_layers=student.layers,
@@ -186,7 +188,9 @@ def _experts_spec(part: dict[str, Any], runtime: ModelRuntime) -> ModuleSpec:
 
 
 def _parts(runtime: ModelRuntime) -> dict[str, Any]:
-    """Norms and linear layers: Megatron's local ones, or TransformerEngine's with the norm fused into the next product."""
+    """Norms and linear layers: Megatron's local ones, or TransformerEngine's with the norm fused into the next
+    product.
+    """
     if runtime.transformer_impl == "local":
         return {
             "norm": RMSNorm,
@@ -207,6 +211,8 @@ def _parts(runtime: ModelRuntime) -> dict[str, Any]:
 
 
 def _norm_keys(dense: bool) -> dict[str, str]:
-    """Checkpoint names of the norms as TransformerEngine's fused layers have them, so both forms read one checkpoint."""
+    """Checkpoint names of the norms as TransformerEngine's fused layers have them, so both forms read one
+    checkpoint.
+    """
     keys = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     return keys | ({"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"} if dense else {})

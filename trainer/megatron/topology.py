@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import logging
 import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -103,7 +101,6 @@ def distributed(
     other ranks may be gone. deterministic: PyTorch refuses kernels that do not repeat bit by bit.
     """
     check_layout(parallel)
-    _quiet_megatron()
     if device == "cpu":
         from trainer.megatron import cpu
 
@@ -111,6 +108,8 @@ def distributed(
     from megatron.core import parallel_state, tensor_parallel
 
     torch.use_deterministic_algorithms(deterministic)
+    # Filling memory that nothing reads would take a sixth of a step on CPU.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     joined = dist.is_initialized()
     if not joined:
         _start_process_group(device, deterministic)
@@ -134,12 +133,6 @@ def distributed(
     parallel_state.destroy_model_parallel()
     if not joined:
         dist.destroy_process_group()
-
-
-def _quiet_megatron() -> None:
-    """Megatron warns of every optional package it lacks and logs its whole optimizer config; ours says both."""
-    logging.getLogger("megatron").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module=r"megatron\.")
 
 
 def _start_process_group(device: Device, deterministic: bool) -> None:

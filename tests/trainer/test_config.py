@@ -1,0 +1,88 @@
+"""KD configs: the shipped files parse, and what cannot run is refused by name with the way out."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from common.config import CONFIG_ROOT, load_config, parse_config
+from common.errors import ConfigError
+from trainer.config import KDConfig, ParallelConfig, StudentConfig
+from trainer.megatron.topology import check_layout
+from trainer.parameters import parameter_counts
+
+DEMO, BASE = CONFIG_ROOT / "demo.yaml", CONFIG_ROOT / "base.yaml"
+
+
+@pytest.mark.parametrize("path", [DEMO, BASE], ids=["demo", "base"])
+def test_shipped_configs_parse_and_lay_out(path) -> None:
+    config = load_config(KDConfig, path)
+    check_layout(config.parallel)
+    assert config.student.vocab_size == 201_088
+
+
+@pytest.mark.parametrize(
+    "path", sorted((CONFIG_ROOT / "student").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_students_parse(path) -> None:
+    parse_config(StudentConfig, yaml.safe_load(path.read_text()), str(path))
+
+
+def test_the_locked_student_has_its_parameters() -> None:
+    """Per layer and component as in the student's table, in its form with fused QKV in every layer."""
+    counts = parameter_counts(load_config(KDConfig, BASE).student)
+    assert counts["routed_experts"] == 5_324_898_304
+    assert counts["embedding"] == counts["lm_head"] == 205_914_112
+    assert counts["attention"] == 80 * 2_624_000
+    assert counts["shared_experts"] == 82_958_848
+    assert counts["routers"] == 20_729_600
+    assert counts["dense_mlp"] == 263_296
+    assert counts["norms"] == 164_864 + 20_480
+    assert counts["sinks"] == 640
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("student.tpa={q_rank: 4}", "student.tpa comes with tensor-product attention"),
+        ("student.grape_m=true", "student.grape_m comes with"),
+        ("student.value_residual=1.0", "set it to null"),
+        ("optimizer.normuon={momentum: 0.95}", "optimizer.normuon comes with"),
+        ("student.hiden=32", "did you mean 'hidden'?"),
+        ("optimiser.lr=1", "did you mean 'optimizer'?"),
+        ("core_attention=flex", "set it to dense"),
+        ("expert_compute=grouped_mm", "set it to loop"),
+        ("transformer_impl=transformer_engine", "set it to local"),
+        ("student.router.groups=3", "experts must be a multiple of router.groups"),
+        ("student.layers=5", "layers must be a multiple of global_every"),
+        ("batch.micro_batch_size=3", "must be a multiple of batch.micro_batch_size"),
+        ("teacher=null", "set loss.kd_weight=0"),
+        ("schedule.warmup=50", "schedule.warmup must be below steps"),
+        ("loss.temperature=2.0", "1.0"),
+    ],
+)
+def test_what_cannot_run_is_refused(override, said) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(KDConfig, DEMO, (override,))
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"pipeline": 2},
+        {"context": 2},
+        {"tensor": 2, "sequence_parallel": True},
+        {"tensor": 2, "expert": 2},
+        {"sequence_parallel": True},
+        {"distributed_optimizer": True},
+    ],
+)
+def test_unsupported_layouts_are_refused(layout) -> None:
+    with pytest.raises(ConfigError, match=r"parallel\.\w+.* not supported; "):
+        check_layout(ParallelConfig(**layout))
+
+
+def test_supported_layouts_pass() -> None:
+    check_layout(ParallelConfig(expert=8))
+    check_layout(ParallelConfig(tensor=2, expert=4, sequence_parallel=True))
