@@ -23,6 +23,7 @@ RENDERER_VERSION = "1"
 """Goes into every dataset_id: raise it whenever the same row and config would give other tokens or spans."""
 
 Role = Literal["system", "developer", "user", "assistant"]
+Channel = Literal["analysis", "commentary", "final"]
 RejectReason = Literal[
     "missing_id",
     "empty_query",
@@ -34,7 +35,7 @@ RejectReason = Literal[
     "final_too_long",
 ]
 ROLES: tuple[Role, ...] = ("system", "developer", "user", "assistant")
-CHANNELS = ("analysis", "commentary", "final")
+CHANNELS: tuple[Channel, ...] = ("analysis", "commentary", "final")
 
 # A block runs to its own closing tag; without one, to the next block or the end of the text.
 _SOURCE_BLOCK = re.compile(
@@ -49,7 +50,7 @@ class RenderConfig(Config):
     knowledge_cutoff: str = "2024-06"
     date: str = "2026-01-01"
     reasoning: Literal["low", "medium", "high"] = "high"
-    valid_channels: tuple[Literal["analysis", "commentary", "final"], ...] = CHANNELS
+    valid_channels: tuple[Channel, ...] = CHANNELS
     developer: str = (
         "Follow the user's request. When you provide an answer, produce both:\n"
         "- reasoning in the analysis channel\n"
@@ -81,7 +82,7 @@ class Message:
     """One message of a document. tokens_T: int32, the content alone. terminator: END, RETURN or CALL."""
 
     role: Role
-    channel: str | None
+    channel: Channel | None
     tokens_T: np.ndarray
     terminator: int
 
@@ -122,16 +123,13 @@ class Renderer:
         query, joined by empty lines. Truncation: the final message stays whole or the row is rejected; then the
         analysis content, then the user content is cut from the left; headers and terminators stay.
         """
-        if reason := _missing_field(row):
-            return Reject(reason)
-        user_text = _user_text(row)
-        if user_text is None:
-            return Reject("rag_without_sources")
+        texts = _document_texts(row)
+        if isinstance(texts, Reject):
+            return texts
+        synth_id, user, analysis, final = texts
         try:
-            doc_id = hashlib.blake2b(row.synth_id.encode(), digest_size=16).digest()
-            user_T = _encode(user_text)
-            analysis_T = _encode(row.synthetic_reasoning)
-            final_T = _encode(row.synthetic_answer)
+            doc_id = hashlib.blake2b(synth_id.encode(), digest_size=16).digest()
+            user_T, analysis_T, final_T = _encode(user), _encode(analysis), _encode(final)
         except UnicodeEncodeError:  # lone surrogates: bytes that were never valid UTF-8
             return Reject("invalid_text")
         except ValueError:  # the tokenizer's regex gives up, e.g. on a million blanks in a row
@@ -204,31 +202,31 @@ def _parse_message(ids: np.ndarray, start: int) -> tuple[Message, int]:
 
 
 @functools.cache
-def _known_headers() -> dict[tuple[Role, str | None], np.ndarray]:
+def _known_headers() -> dict[tuple[Role, Channel | None], np.ndarray]:
     plain = {(role, None): _header(role) for role in ROLES if role != "assistant"}
     return plain | {("assistant", channel): _header("assistant", channel) for channel in CHANNELS}
 
 
-def _missing_field(row: SourceRow) -> RejectReason | None:
-    """The reject reason of the first field that is absent or only blanks."""
+def _document_texts(row: SourceRow) -> tuple[str, str, str, str] | Reject:
+    """The id and the contents of the user, analysis and final messages, or what the row lacks."""
     needed: tuple[tuple[str | None, RejectReason], ...] = (
         (row.synth_id, "missing_id"),
         (row.query, "empty_query"),
         (row.synthetic_reasoning, "empty_reasoning"),
         (row.synthetic_answer, "empty_answer"),
     )
+    texts: list[str] = []
     for text, reason in needed:
         if not text or text.isspace():
-            return reason
-    return None
-
-
-def _user_text(row: SourceRow) -> str | None:
-    """The user message's content; None when a rag row holds no source block."""
-    if row.exercise != "rag":
-        return row.query
-    blocks = [match.group().strip() for match in _SOURCE_BLOCK.finditer(row.constraints or "")]
-    return "\n\n".join([*blocks, row.query]) if blocks else None
+            return Reject(reason)
+        texts.append(text)
+    synth_id, user, analysis, final = texts
+    if row.exercise == "rag":
+        blocks = [match.group().strip() for match in _SOURCE_BLOCK.finditer(row.constraints or "")]
+        if not blocks:
+            return Reject("rag_without_sources")
+        user = "\n\n".join([*blocks, user])
+    return synth_id, user, analysis, final
 
 
 def _header(role: str, channel: str | None = None) -> np.ndarray:
