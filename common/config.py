@@ -90,7 +90,9 @@ def _apply_override(raw: dict[str, Any], override: str, cls: type[Config]) -> No
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(
-            "an override has no '='", got=repr(override), expected="key.sub=value, e.g. seq_len=1024"
+            "an override has no '='",
+            got=repr(override),
+            expected="key.sub=value, e.g. seq_len=1024",
         )
     try:
         value = yaml.safe_load(text)
