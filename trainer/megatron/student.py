@@ -29,6 +29,23 @@ from trainer.megatron.attention import CoreAttention
 from trainer.megatron.experts import RMSNorm, RoutedExperts, SharedExpert, relu_squared
 from trainer.megatron.router import StudentRouter
 
+_FULL_RECOMPUTE = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
+# Megatron's defaults turn on kernels of Apex, or drop units; none of that is in the student.
+_PLAIN_PATHS = {
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "masked_softmax_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "persist_layer_norm": False,
+    "apply_rope_fusion": False,
+}
+
 
 class Student(GPTModel):
     """GPTModel whose forward ends at the final norm: it returns [S, B, D], under sequence parallelism this rank's S.
@@ -78,8 +95,6 @@ def transformer_config(
         normalization="RMSNorm",
         layernorm_epsilon=student.norm_eps,
         qk_layernorm=True,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
         init_method_std=student.init_std,
         window_size=(student.window - 1, 0),
         window_attn_skip_freq=student.global_every,
@@ -100,17 +115,10 @@ def transformer_config(
         pipeline_dtype=dtype,
         deterministic_mode=runtime.deterministic,
         use_cpu_initialization=runtime.device == "cpu",
-        recompute_granularity="full" if runtime.recompute else None,
-        recompute_method="uniform" if runtime.recompute else None,
-        recompute_num_layers=1 if runtime.recompute else None,
+        **(_FULL_RECOMPUTE if runtime.recompute else {}),
+        **_PLAIN_PATHS,
         hetereogenous_dist_checkpoint=True,
         cuda_graph_scope=[],
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        persist_layer_norm=False,
-        apply_rope_fusion=False,
     )
 
 

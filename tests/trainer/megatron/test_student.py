@@ -32,9 +32,9 @@ def _in_student(_rank: int) -> dict:
     with distributed("cpu", config.parallel, seed=1, deterministic=True) as topology:
         from trainer.megatron.step import Trainer
 
-        def fresh() -> Trainer:
+        def fresh(**changes) -> Trainer:
             torch.manual_seed(1)
-            return Trainer(config, topology, SEQ_LEN)
+            return Trainer(tiny_config(**changes), topology, SEQ_LEN)
 
         return {
             "shapes": {n: tuple(p.shape) for n, p in fresh().student.named_parameters()},
@@ -43,7 +43,9 @@ def _in_student(_rank: int) -> dict:
             "shared": _shared_bias(fresh()),
             "routing": _padding_in_the_router(fresh()),
             "splits": [_step_of(fresh(), size) for size in (1, 2, 4, 8)],
+            "recompute": _step_of(fresh(recompute=True), 4),
             "losses": _ten_steps(fresh()),
+            "bf16": _ten_steps(fresh(precision="bf16")),
         }
 
 
@@ -186,7 +188,15 @@ def test_loss_and_gradients_do_not_depend_on_the_micro_batch_size(seen, other) -
     assert all(np.abs(gradient).max() > 0 for gradient in whole.values())
 
 
-def test_ten_steps_lower_the_loss(seen) -> None:
-    losses = seen["losses"]
+def test_recomputation_changes_neither_loss_nor_gradients(seen) -> None:
+    (values, gradients), (plain_values, plain) = seen["recompute"], seen["splits"][2]
+    assert values == pytest.approx(plain_values, rel=1e-6)
+    flat, flat_plain = (np.concatenate([g[n].ravel() for n in plain]) for g in (gradients, plain))
+    assert np.linalg.norm(flat - flat_plain) < 1e-6 * np.linalg.norm(flat_plain)
+
+
+@pytest.mark.parametrize("precision", ["losses", "bf16"])
+def test_ten_steps_lower_the_loss(seen, precision) -> None:
+    losses = seen[precision]
     assert losses[-1] < 0.7 * losses[0]
     assert all(later < earlier for earlier, later in itertools.pairwise(losses[:5]))
