@@ -76,6 +76,8 @@ class VllmScorer:
         ]
 
     def _encode(self, requests: list[ScoreRequest]) -> list[np.ndarray]:
+        if not requests:
+            return []
         from vllm import PoolingParams
 
         prompts = [{"prompt_token_ids": request.prompt_T.tolist()} for request in requests]
