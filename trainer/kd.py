@@ -112,6 +112,8 @@ class KDRun:
         if stored is None:
             return 0, stream
         load_checkpoint(self.checkpoints, self.trainer)
+        if stored.provenance["git_sha"] != self.provenance["git_sha"]:
+            _LOG.warning("the code is not that of the checkpoint: %s", stored.provenance["git_sha"])
         _LOG.info("going on from step %d of %d", stored.step, self.config.steps)
         wanted = stream.state()
         del wanted["consumed"], wanted["version"]

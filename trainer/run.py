@@ -22,6 +22,7 @@ import yaml
 from common.errors import ResumeError
 from common.files import exclusive_lock, write_bytes, write_json
 from common.provenance import git_sha, package_versions
+from trainer.batch import CLASSES
 from trainer.config import KDConfig
 
 PACKAGES = (
@@ -163,15 +164,12 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def step_line(step: int, steps: int, values: dict[str, float]) -> str:
-    """A step as people read it."""
+    """A step as people read it; r, f and c are reasoning, final and control tokens."""
     losses = "  ".join(
-        f"{quantity} " + " ".join(f"{values[f'loss/{quantity}/{name}']:.3f}" for name in names)
+        f"{quantity} "
+        + " ".join(f"{name[0]} {values[f'loss/{quantity}/{name}']:.3f}" for name in names)
         for quantity in ("ce", "kl")
-        if (
-            names := [
-                n for n in ("reasoning", "final", "control") if f"loss/{quantity}/{n}" in values
-            ]
-        )
+        if (names := [name for name in CLASSES if f"loss/{quantity}/{name}" in values])
     )
     phases = " ".join(
         f"{phase} {100 * values[f'seconds/{phase}'] / values['seconds/step']:.0f}%"
@@ -193,7 +191,7 @@ def eval_line(step: int, values: dict[str, float]) -> str:
             for q in ("ce", "kl")
             if f"eval/{q}/{name}" in values
         )
-        for name in ("reasoning", "final", "control")
+        for name in CLASSES
         if f"eval/ce/{name}" in values
     ]
     return f"eval at step {step}  " + "  ".join(parts)
