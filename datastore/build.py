@@ -41,6 +41,7 @@ from datastore.manifest import (
     load_dataset_manifest,
 )
 from datastore.packing import PACKING_VERSION, PackConfig, pack_documents
+from datastore.repeats import repeated_rows
 from datastore.shard import FORMAT_VERSION, FileEntry, write_token_shard
 from datastore.source import SourceConfig, SourcePath, cut_units, inspect_source, locate_sources
 from datastore.split import SPLIT_RULE, SplitConfig, split_bound
@@ -114,7 +115,7 @@ def build_dataset(config: DataConfig, *, workers: int) -> DatasetManifest:
             return _finished_dataset(out, identity)
         dataset_id = sha256_bytes(canonical_json(identity))
         _open_work_folder(out, identity)
-        jobs = _unit_jobs(config, out, dataset_id, sources, files)
+        jobs = _unit_jobs(config, out, dataset_id, sources, files, workers)
         records = _build_units(jobs, workers)
         return _finish(config, files, dataset_id, jobs, records)
 
@@ -181,21 +182,27 @@ def _unit_jobs(
     dataset_id: str,
     sources: list[SourcePath],
     files: list[SourceFile],
+    workers: int,
 ) -> list[UnitJob]:
     paths, rows = [source.path for source in sources], [file.rows for file in files]
+    repeats_R = repeated_rows(paths, rows, workers)
+    unit_rows = config.shard.source_rows
     return [
         UnitJob(
             folder=out,
             dataset_id=dataset_id,
             unit=unit,
             segments=segments,
+            repeats=frozenset(
+                (repeats_R[repeats_R // unit_rows == unit] - unit * unit_rows).tolist()
+            ),
             render=config.render,
             pack=config.pack,
             valid_bound=split_bound(config.split.valid_fraction),
             seq_len=config.seq_len,
             max_doc_tokens=config.max_doc_tokens,
         )
-        for unit, segments in enumerate(cut_units(paths, rows, config.shard.source_rows))
+        for unit, segments in enumerate(cut_units(paths, rows, unit_rows))
     ]
 
 

@@ -128,7 +128,7 @@ class Renderer:
             return texts
         synth_id, user, analysis, final = texts
         try:
-            doc_id = hashlib.blake2b(synth_id.encode(), digest_size=16).digest()
+            doc_id = document_id(synth_id)
             user_T, analysis_T, final_T = _encode(user), _encode(analysis), _encode(final)
         except UnicodeEncodeError:  # lone surrogates: bytes that were never valid UTF-8
             return Reject("invalid_text")
@@ -160,6 +160,11 @@ class Renderer:
         spans_T[analysis_start:final_start] = SPAN_REASONING
         spans_T[final_start:-1] = SPAN_FINAL
         return tokens_T, spans_T
+
+
+def document_id(synth_id: str) -> bytes:
+    """The 16 bytes that name a document: blake2b-128 of synth_id in UTF-8. Raises UnicodeEncodeError."""
+    return hashlib.blake2b(synth_id.encode(), digest_size=16).digest()
 
 
 def parse(tokens_T: np.ndarray) -> list[Message]:

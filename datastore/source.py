@@ -24,6 +24,7 @@ from datastore.types import SourceRow
 
 COLUMNS = tuple(SourceRow.__dataclass_fields__)
 _BATCH_ROWS = 1024
+_ID_BATCH_ROWS = 65_536
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -134,6 +135,15 @@ def read_segment(segment: Segment) -> Iterator[SourceRow]:
                 return
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(segment.path, error) from None
+
+
+def read_ids(path: Path) -> Iterator[str | None]:
+    """The synth_id of every row of a file, from that column alone. Raises SourceError."""
+    try:
+        for batch in _open_parquet(path).iter_batches(_ID_BATCH_ROWS, columns=["synth_id"]):
+            yield from _texts(batch.column("synth_id"))
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(path, error) from None
 
 
 def _local_files(patterns: Sequence[str]) -> list[SourcePath]:

@@ -6,6 +6,7 @@ A fragment holds the unit's valid documents; the fragments of all units are pack
 from __future__ import annotations
 
 import collections
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +29,16 @@ WORK = ".work"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitJob:
-    """Everything that a worker needs to make unit `unit`, whose train shard has the same number."""
+    """Everything that a worker needs to make unit `unit`, whose train shard has the same number.
+
+    repeats: numbers of the rows, counted from the unit's first, whose synth_id an earlier row of the input has.
+    """
 
     folder: Path
     dataset_id: str
     unit: int
     segments: tuple[Segment, ...]
+    repeats: frozenset[int]
     render: RenderConfig
     pack: PackConfig
     valid_bound: int
@@ -200,15 +205,18 @@ def _train_documents(
 ) -> Iterator[RenderedDoc]:
     """The train documents of a unit in source order; valid ones and counts go to the collections given."""
     renderer = Renderer(job.render)
-    for segment in job.segments:
-        for row in read_segment(segment):
-            document = renderer.render(row, job.max_doc_tokens)
-            if isinstance(document, Reject):
-                rejects[document.reason] += 1
-                continue
-            truncated["analysis"] += document.analysis_cut > 0
-            truncated["user"] += document.user_cut > 0
-            if split_of(row.synth_id, job.valid_bound) == "valid":
-                valid.append(document)
-            else:
-                yield document
+    rows = itertools.chain.from_iterable(map(read_segment, job.segments))
+    for number, row in enumerate(rows):
+        if number in job.repeats:
+            rejects["duplicate_id"] += 1
+            continue
+        document = renderer.render(row, job.max_doc_tokens)
+        if isinstance(document, Reject):
+            rejects[document.reason] += 1
+            continue
+        truncated["analysis"] += document.analysis_cut > 0
+        truncated["user"] += document.user_cut > 0
+        if split_of(row.synth_id, job.valid_bound) == "valid":
+            valid.append(document)
+        else:
+            yield document
