@@ -263,6 +263,10 @@ class KDConfig(ModelRuntime):
                 self.teacher is not None or self.loss.kd_weight == 0,
                 "loss.kd_weight above 0 needs a teacher; name its slug, or set loss.kd_weight=0",
             ),
+            (
+                self.teacher is not None or self.loss.confidence is None,
+                "loss.confidence weighs by a teacher's logprobs: name the teacher's slug, or set it to null",
+            ),
         ]
         for holds, rule in rules:
             if not holds:

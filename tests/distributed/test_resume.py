@@ -223,3 +223,22 @@ def test_another_config_is_refused_with_the_difference(config_path: Path, whole:
     assert "config optimizer.lr: checkpoint 0.01, this run 0.5" in done.stderr
     assert "log.every" not in done.stderr and "Traceback" not in done.stderr
     assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_cannot_be_written_loses_nothing(config_path: Path, whole: Path) -> None:
+    run = config_path.parent / "full-disk"
+    command = " ".join(_command(1, "kd", str(config_path), f"run={run}"))
+    limited = subprocess.run(
+        ["bash", "-c", f"ulimit -f 2000; exec {command}"],  # files of at most 2 MB
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=_environment(),
+    )
+    assert limited.returncode == 1, limited.stderr[-3000:]
+    assert "checkpoint step-00000003 could not be written" in limited.stderr
+    assert "GiB free" in limited.stderr and "run the same command" in limited.stderr
+    assert list((run / "checkpoints").iterdir()) == []
+    _train(1, config_path, run)
+    _assert_same_end(whole, run)

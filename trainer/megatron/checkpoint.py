@@ -25,6 +25,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
 
 from common.errors import FormatError, ResumeError
 from common.files import TMP_PREFIX, fsync_folder, write_bytes, write_json
@@ -59,11 +60,14 @@ def save_checkpoint(folder: Path, trainer: Trainer, progress: Progress, keep: in
         unfinished.mkdir(parents=True)
     topology.barrier()
     _write_in_this_process()
-    dist_checkpointing.save(
-        _state(trainer, loading=False, with_random=True),
-        str(unfinished),
-        sharded_strategy=("torch_dist", 1),
-    )
+    try:
+        dist_checkpointing.save(
+            _state(trainer, loading=False, with_random=True),
+            str(unfinished),
+            sharded_strategy=("torch_dist", 1),
+        )
+    except (OSError, RuntimeError, CheckpointException) as error:
+        raise _unwritten(unfinished, error) from error
     topology.barrier()
     if topology.rank == 0:
         ours = {"version": VERSION, "layout": topology.layout()} | asdict(progress)
@@ -119,6 +123,18 @@ def sweep(folder: Path) -> None:
     for path in folder.glob("step-*"):
         if newest is None or path.name > newest.name:
             shutil.rmtree(path)
+
+
+def _unwritten(unfinished: Path, error: BaseException) -> ResumeError:
+    """A full disk reaches us as a writer's RuntimeError ("unexpected pos"), so the free space is told with it."""
+    free_bytes = shutil.disk_usage(unfinished).free
+    shutil.rmtree(unfinished, ignore_errors=True)
+    cause = str(error).strip().splitlines()[-1]
+    return ResumeError(
+        f"checkpoint {unfinished.name.removeprefix(TMP_PREFIX)} could not be written to {unfinished.parent}: {cause}",
+        got=f"{free_bytes / 2**30:.1f} GiB free at that moment",
+        remedy="make room or lower checkpoint.keep, then run the same command: it goes on from the newest checkpoint",
+    )
 
 
 def _commit(folder: Path, unfinished: Path, final: Path, keep: int) -> None:
