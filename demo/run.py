@@ -34,7 +34,7 @@ COMMANDS = {
     "sample": f"python -m demo.sample --out {SOURCE} --rows {ROWS}",
     "build": "vpmoe-data build --manifest configs/data/demo.yaml",
     "verify rows": f"vpmoe-data verify {DATASET}",
-    "teacher": f"python -m demo.tiny_teacher --dataset {DATASET} --out {TEACHER}",
+    "teacher": f"python -m demo.tiny_teacher --dataset {DATASET} --out {TEACHER} --steps 150",
     "score": f"vpmoe-data score --teacher tiny {DATASET}",
     "verify targets": f"vpmoe-data verify {DATASET}",
     "train": "vpmoe-train kd configs/demo.yaml",
@@ -63,7 +63,7 @@ def main() -> None:
 def _run(console: Console, command: str) -> float:
     """Run one command in the venv that runs this; returns its wall time in seconds."""
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    console.print(f"\n[bold]$ {command}[/bold]")
+    console.print(f"\n[bold]$ {command}[/bold]", soft_wrap=True)
     start = time.monotonic()
     result = subprocess.run(
         shlex.split(command), env={**os.environ, **_NO_NETWORK, "PATH": programs}
@@ -91,11 +91,12 @@ def _report(console: Console, seconds: dict[str, float]) -> None:
     console.print()
     console.print(table)
     console.print(
-        "Look closer:\n"
+        "Look closer (the demo starts clean each time it runs):\n"
         f"  .venv/bin/vpmoe-data inspect {DATASET} --row 0    a row, its spans, the teacher beside it\n"
         f"  .venv/bin/vpmoe-data stats {DATASET}              counts and histograms\n"
         f"  .venv/bin/tensorboard --logdir {RUN}/tensorboard\n"
-        "  docs/architecture.md, docs/format.md, docs/runbook.md"
+        "  docs/architecture.md, docs/format.md, docs/runbook.md",
+        soft_wrap=True,
     )
 
 
