@@ -27,5 +27,10 @@ check: setup
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
 
+# score and kd_vs_ce measure on what `make demo` leaves.
 bench: setup
-	@for script in benchmarks/*.py; do echo "== $$script"; $(PYTHON) $$script || exit 1; done
+	$(PYTHON) -m benchmarks.build
+	$(PYTHON) -m benchmarks.codec
+	$(PYTHON) -m benchmarks.loss --device cpu
+	$(PYTHON) -m benchmarks.score --model teachers/tiny
+	$(PYTHON) -m benchmarks.kd_vs_ce

@@ -1,6 +1,6 @@
 """Does distillation bring the student nearer to the teacher than cross entropy on the same tokens does?
 
-    make demo && python benchmarks/kd_vs_ce.py --steps 60 --seeds 0 1
+    make demo && python -m benchmarks.kd_vs_ce --steps 50 --seeds 0 1
 
 Trains the embedded default with its own kd_weight and with 0, everything else equal: same rows in the same order,
 same initial weights a seed, same steps. Writes KL and CE by span on the whole valid split, at equal steps, to
@@ -77,8 +77,8 @@ def compare(curves: dict[str, dict[str, Any]], steps: int) -> dict[str, Any]:
 def main() -> None:
     """Run both ways for each seed and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--every", type=int, default=20, help="steps between evaluations")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--every", type=int, default=25, help="steps between evaluations")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     arguments = parser.parse_args()
     dataset, targets = load_dataset_manifest(DATASET), load_target_manifest(DATASET, "tiny")

@@ -12,6 +12,7 @@ from common.errors import ConfigError
 from datastore.build import DataConfig
 from datastore.teacher import TeacherConfig
 from trainer.config import KDConfig, StudentConfig
+from trainer.parameters import parameter_counts
 
 KINDS = (DataConfig, TeacherConfig, StudentConfig, KDConfig)
 FOLDERS = {
@@ -62,7 +63,7 @@ def test_offline_pipeline_needs_no_paths() -> None:
 def test_locked_student_is_the_one_of_the_document() -> None:
     text = (CONFIG_ROOT.parent / "docs" / "architecture.md").read_text()
     student = load_config(StudentConfig, CONFIG_ROOT / "student" / "vpmoe.yaml")
-    expert = 2 * student.hidden * student.expert_width + student.expert_width + student.hidden
-    experts = (student.layers - student.dense_layers) * student.experts * expert
-    assert f"| routed experts 79 x 256 x {expert:,} | {experts:,} |" in text
-    assert f"| output head | {student.vocab_size * student.hidden:,} |" in text
+    counts = parameter_counts(student)
+    assert f"| routed experts 79 x 256 x 263,296 | {counts['routed_experts']:,} |" in text
+    assert f"| output head | {counts['lm_head']:,} |" in text
+    assert f"{counts['total']:,} in all" in text
