@@ -64,4 +64,5 @@ def test_wrong_command_line_or_config_exits_2(program: str, arguments: list[str]
 def test_wrong_data_exits_1(tmp_path) -> None:
     result = _program("vpmoe-data", "verify", str(tmp_path))
     assert result.returncode == 1
-    assert "manifest" in result.stderr and "Traceback" not in result.stderr
+    output = result.stdout + result.stderr
+    assert "manifest" in output and "Traceback" not in output
