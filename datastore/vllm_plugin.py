@@ -80,6 +80,7 @@ class TargetPooler(Pooler):
         cursor = pooling_metadata.get_pooling_cursor()
         lengths = cursor.num_scheduled_tokens_cpu.tolist()
         ends = cursor.seq_lens_cpu.tolist()
+        prompts = cursor.prompt_lens_cpu.tolist()
         spans, realised, uniforms, offset = [], [], [], 0
         for i, (length, end) in enumerate(zip(lengths, ends, strict=True)):
             params = pooling_metadata.pooling_params[i].extra_kwargs or _PROFILING
@@ -94,9 +95,14 @@ class TargetPooler(Pooler):
         packed = self._reduce(hidden_states, spans, realised, uniforms)
         sizes = [stop - start for start, stop in spans]
         return [
-            _collect(pooling_metadata, i, rows, restarted=end == length)
-            for i, (rows, length, end) in enumerate(
-                zip(packed.split(sizes), lengths, ends, strict=True)
+            _collect(
+                pooling_metadata.pooling_states[i].hidden_states_cache,
+                rows,
+                restarted=end == length,
+                finished=end == prompt,
+            )
+            for i, (rows, length, end, prompt) in enumerate(
+                zip(packed.split(sizes), lengths, ends, prompts, strict=True)
             )
         ]
 
@@ -127,14 +133,13 @@ def _next_tokens(metadata: PoolingMetadata, request: int, first: int, last: int)
 
 
 def _collect(
-    metadata: PoolingMetadata, request: int, rows: torch.Tensor, *, restarted: bool
+    kept: list[torch.Tensor], rows: torch.Tensor, *, restarted: bool, finished: bool
 ) -> torch.Tensor | None:
     """Append rows to those of earlier steps; all of them once the prompt is finished, else None."""
-    kept = metadata.pooling_states[request].hidden_states_cache
     if restarted:  # a first step, or prefilled anew after preemption: what was kept is stale
         kept.clear()
     kept.append(rows)
-    if not metadata.pooling_cursor.finished_mask[request]:
+    if not finished:
         return None
     whole = torch.cat(kept)
     kept.clear()
