@@ -24,7 +24,7 @@ from common.config import load_config, named_config
 from common.files import write_json
 from common.provenance import git_sha, package_versions
 from common.tokenizer import VOCAB_SIZE
-from datastore.teacher import TeacherConfig
+from datastore.teacher import TeacherConfig, local_model
 
 ARMS = ("prefill", "stock_prompt_logprobs", "ours")
 SHAPES = {
@@ -43,8 +43,9 @@ def documents(count: int, tokens: int) -> list[np.ndarray]:
 def run_ours(
     teacher: TeacherConfig, model: Path, prompts: list[np.ndarray]
 ) -> Callable[[], list[np.ndarray]]:
+    from datastore.prompt import ScoreRequest
     from datastore.target import content_key
-    from datastore.vllm_scorer import ScoreRequest, VllmScorer
+    from datastore.vllm_scorer import VllmScorer
 
     scorer = VllmScorer(teacher, model)
     requests = [
@@ -157,9 +158,11 @@ def main(
     """Measure all arms and write benchmarks/results/score-<teacher>.json."""
     if shape:
         overrides = (*overrides, "engine.load_format=dummy")
+    if model:
+        overrides = (*overrides, f"model={model}")
     teacher = load_config(TeacherConfig, named_config("teacher", name), overrides)
     if arm and work:
-        folder = shaped_model(work, shape) if shape else (model or Path(teacher.model))
+        folder = shaped_model(work, shape) if shape else local_model(teacher)
         result = measure(arm, teacher, folder, documents(count, tokens), passes, work)
         write_json(work / f"{arm}.json", result)
         return

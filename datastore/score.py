@@ -18,7 +18,7 @@ import numpy as np
 
 from common import logs
 from common.config import Config, parse_config
-from common.errors import AlignmentError, ConfigError, EngineError, FormatError, ResumeError
+from common.errors import EngineError, FormatError, ResumeError
 from common.files import (
     canonical_json,
     exclusive_lock,
@@ -30,20 +30,19 @@ from common.files import (
 from common.provenance import package_versions
 from datastore import alignment, budget
 from datastore.codec import CODEC_VERSION, encode_blob
-from datastore.harmony import RenderConfig, Renderer
 from datastore.manifest import (
-    DatasetManifest,
     TargetManifest,
     TokenizerInfo,
     commit_manifest,
     target_folder,
 )
+from datastore.prompt import Prefix, document_prefix, require_fitting
 from datastore.reader import Dataset, TargetStore
 from datastore.shard import FORMAT_VERSION, FileEntry, shard_name, write_target_shard
-from datastore.target import content_key, entropy_sums, row_target, target_positions
+from datastore.target import content_key, entropy_sums, row_target
 from datastore.teacher import TeacherConfig, local_model, weights_identity
 from datastore.types import SPLITS, DocTarget, PackedRow, SparseTarget, Split
-from datastore.vllm_scorer import ScoreRequest, VllmScorer
+from datastore.vllm_scorer import VllmScorer
 
 # Rows of each split that the closing gate reads back from disk.
 GATE_ROWS = 16
@@ -59,38 +58,6 @@ class ShardRecord(Config):
     sums: budget.BudgetSums
 
 
-@dataclass(frozen=True)
-class Prefix:
-    """The constant tokens that open a document, as stored and as the teacher is shown them; none are swapped if equal.
-
-    Positions of the document are those of the prompt plus `shift`.
-    """
-
-    stored_T: np.ndarray
-    shown_T: np.ndarray
-    system_text: str | None
-    reasoning: str | None
-
-    @property
-    def shift(self) -> int:
-        return len(self.stored_T) - len(self.shown_T)
-
-    def request(self, tokens_T: np.ndarray, spans_T: np.ndarray) -> ScoreRequest:
-        """The request of one document. Raises AlignmentError when it does not open with the stored prefix."""
-        size = len(self.stored_T)
-        if not np.array_equal(tokens_T[:size], self.stored_T):
-            raise AlignmentError(
-                "a document does not open with the prefix of its dataset's render config",
-                remedy="score it with `system: null`",
-            )
-        return ScoreRequest(
-            prompt_T=np.concatenate([self.shown_T, tokens_T[size:]]),
-            positions_P=target_positions(tokens_T, spans_T),
-            shift=self.shift,
-            content_key=content_key(tokens_T),
-        )
-
-
 def score_dataset(dataset: Path, teacher: TeacherConfig) -> TargetManifest:
     """Score both splits of a dataset into DATASET/targets/<teacher.name>; returns the committed manifest.
 
@@ -100,7 +67,7 @@ def score_dataset(dataset: Path, teacher: TeacherConfig) -> TargetManifest:
     """
     opened = Dataset.open(dataset)
     prefix = document_prefix(opened.manifest, teacher)
-    _require_fitting(opened.manifest, teacher, prefix)
+    require_fitting(opened.manifest, teacher, prefix)
     folder = target_folder(opened.path, teacher.name)
     model = local_model(teacher)
     weights = weights_identity(teacher, model)
@@ -122,31 +89,6 @@ def score_dataset(dataset: Path, teacher: TeacherConfig) -> TargetManifest:
             target_id=_target_id(identity),
         )
         return stage.run()
-
-
-def document_prefix(manifest: DatasetManifest, teacher: TeacherConfig) -> Prefix:
-    """What opens each document, and what the teacher is shown in its place."""
-    if teacher.system is None:
-        empty_T = np.empty(0, np.int32)
-        reasoning = manifest.config.get("render", {}).get("reasoning")
-        return Prefix(empty_T, empty_T, None, reasoning)
-    stored = parse_config(RenderConfig, manifest.config["render"], "the dataset's render config")
-    shown = teacher.system.applied_to(stored)
-    return Prefix(
-        Renderer(stored).prefix_T, Renderer(shown).prefix_T, shown.system_text(), shown.reasoning
-    )
-
-
-def _require_fitting(manifest: DatasetManifest, teacher: TeacherConfig, prefix: Prefix) -> None:
-    longest = min(manifest.seq_len, manifest.config.get("max_doc_tokens", manifest.seq_len))
-    longest -= prefix.shift
-    if longest > teacher.engine.max_model_len:
-        raise ConfigError(
-            f"teacher {teacher.name} is shown documents of up to {longest} tokens",
-            got=f"engine.max_model_len {teacher.engine.max_model_len}",
-            expected=f"at least {longest}",
-            remedy=f"give engine.max_model_len={longest}",
-        )
 
 
 def _target_id(identity: dict[str, Any]) -> str:

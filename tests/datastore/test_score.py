@@ -21,8 +21,9 @@ from common.files import exclusive_lock
 from datastore.alignment import alignment_report, require_aligned
 from datastore.harmony import RenderConfig
 from datastore.manifest import TargetManifest, load_target_manifest
+from datastore.prompt import Prefix, document_prefix
 from datastore.reader import Dataset, TargetStore
-from datastore.score import Prefix, _OpeningGate, document_prefix, score_dataset
+from datastore.score import _OpeningGate, score_dataset
 from datastore.target import row_target
 from datastore.teacher import SystemText, TeacherConfig
 from datastore.types import SPLITS, DocTarget

@@ -11,11 +11,11 @@ import torch
 
 from common.config import load_config, named_config
 from datastore.harmony import RenderConfig, Renderer
-from datastore.score import Prefix
+from datastore.prompt import Prefix, ScoreRequest
 from datastore.target import content_key, position_uniforms, reduce_logprobs, require_valid
 from datastore.teacher import SystemText, TeacherConfig
 from datastore.types import RenderedDoc, SparseTarget
-from datastore.vllm_scorer import ScoreRequest, VllmScorer
+from datastore.vllm_scorer import VllmScorer
 from demo.tiny_teacher import train_tiny_teacher
 
 pytestmark = pytest.mark.slow

@@ -33,7 +33,10 @@ def test_equals_the_reference(scale: float) -> None:
         logprobs, realised.cpu().numpy(), np.arange(ROWS), uniforms.cpu().numpy(), THRESHOLD
     )
     require_valid(target)
-    np.testing.assert_allclose(target.realised_logprob_P, expected.realised_logprob_P, atol=1e-4)
+    # Logits reach 50 at the largest scale, where fp32 sums of 2880 products are off by 2e-4.
+    np.testing.assert_allclose(
+        target.realised_logprob_P, expected.realised_logprob_P, rtol=1e-5, atol=1e-4
+    )
     np.testing.assert_array_equal(target.num_head_P, expected.num_head_P)
     np.testing.assert_array_equal(target.offsets_P1, expected.offsets_P1)
     np.testing.assert_allclose(target.weights_E, expected.weights_E, rtol=1e-3)
