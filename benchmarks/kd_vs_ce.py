@@ -1,10 +1,11 @@
 """Does distillation bring the student nearer to the teacher than cross entropy on the same tokens does?
 
-    make demo && python -m benchmarks.kd_vs_ce --steps 50 --seeds 0 1
+    make demo && python -m benchmarks.kd_vs_ce
 
-Trains the embedded default with its own kd_weight and with 0, everything else equal: same rows in the same order,
-same initial weights a seed, same steps. Writes KL and CE by span on the whole valid split, at equal steps, to
-benchmarks/results/kd_vs_ce.json.
+Trains the embedded default with kd_weight 1 and with 0, everything else equal: same rows in the same order, same
+initial weights a seed, same steps. Steps are smaller and more than the demo's: in its 50 steps a student
+learns little more than which tokens are frequent, and both ways are equal. Writes KL and CE by span on the whole
+valid split, at equal steps, to benchmarks/results/kd_vs_ce.json.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from common.provenance import git_sha, package_versions
 from datastore.manifest import load_dataset_manifest, load_target_manifest
 
 RESULTS = Path(__file__).parent / "results"
-DATASET = PROJECT_ROOT / "data" / "demo"
 CLASSES = ("reasoning", "final", "control")
 
 
@@ -37,7 +37,7 @@ def train(
     """One run through the command line; its evaluations in order."""
     command = [
         str(Path(sys.executable).parent / "vpmoe-train"),
-        *("kd", "configs/demo.yaml", f"run={folder}", f"dataset={DATASET}"),
+        *("kd", "configs/demo.yaml", f"run={folder}"),
         *(f"seed={seed}", f"steps={steps}", f"checkpoint.every={steps}"),
         *(f"eval.every={every}", "eval.rows=null", *overrides),
     ]
@@ -77,13 +77,20 @@ def compare(curves: dict[str, dict[str, Any]], steps: int) -> dict[str, Any]:
 def main() -> None:
     """Run both ways for each seed and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--every", type=int, default=25, help="steps between evaluations")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--every", type=int, default=100, help="steps between evaluations")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--rows", type=int, default=2, help="rows of a step")
+    parser.add_argument("--dataset", type=Path, default=PROJECT_ROOT / "data" / "demo")
     arguments = parser.parse_args()
-    dataset, targets = load_dataset_manifest(DATASET), load_target_manifest(DATASET, "tiny")
+    dataset = load_dataset_manifest(arguments.dataset)
+    targets = load_target_manifest(arguments.dataset, "tiny")
     start, curves = time.monotonic(), {}
-    ways: dict[str, list[str]] = {"kd": [], "ce": ["loss.kd_weight=0"]}
+    batch = f"batch={{global_batch_size: {arguments.rows}, micro_batch_size: {arguments.rows}}}"
+    common = [f"dataset={arguments.dataset.resolve()}", batch]
+    ways = {
+        way: [*common, f"loss.kd_weight={weight}"] for way, weight in {"kd": 1, "ce": 0}.items()
+    }
     with tempfile.TemporaryDirectory() as work:
         for way, overrides in ways.items():
             curves[way] = {}
@@ -97,6 +104,7 @@ def main() -> None:
         "dataset": dataset.fingerprint,
         "targets": targets.target_id,
         "steps": arguments.steps,
+        "rows_of_a_step": arguments.rows,
         "at_the_last_step": compare(curves, arguments.steps),
         "curves": curves,
         "seconds": time.monotonic() - start,
