@@ -120,7 +120,11 @@ def _explain(cls: type[Config], fault: Any) -> str:
     if fault["type"] == "missing":
         return f"key '{key}' is required"
     message = fault["msg"].removeprefix("Value error, ")
-    return f"key '{key}': {message}, got {fault['input']!r}" if key else message
+    if not key:
+        return message
+    # A group of keys is not repeated whole: the message names the key in it.
+    got = "" if isinstance(fault["input"], dict) else f", got {fault['input']!r}"
+    return f"key '{key}': {message}{got}"
 
 
 def _keys_at(cls: type[BaseModel], location: list[str]) -> list[str]:

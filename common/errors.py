@@ -29,7 +29,8 @@ class VpmoeError(Exception):
             parts.append(f"expected {expected}")
         if remedy:
             parts.append(remedy.rstrip("."))
-        super().__init__("; ".join(parts) + ".")
+        message = "; ".join(parts)
+        super().__init__(message if message.endswith("?") else message + ".")
 
 
 class ConfigError(VpmoeError):
