@@ -57,7 +57,7 @@ def test_the_locked_student_has_its_parameters() -> None:
         ("student.layers=5", "layers must be a multiple of global_every"),
         ("batch.micro_batch_size=3", "must be a multiple of batch.micro_batch_size"),
         ("teacher=null", "set loss.kd_weight=0"),
-        ("schedule.warmup=50", "schedule.warmup must be below steps"),
+        ("schedule.warmup=120", "schedule.warmup must be below steps"),
         ("loss.temperature=2.0", "1.0"),
     ],
 )
