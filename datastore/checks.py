@@ -186,7 +186,7 @@ class TargetTally:
                 yield f"{name}.{figure}: manifest {stated_value:.6g}, stored {found:.6g}"
 
 
-def duplicate_documents(doc_ids: bytes | bytearray) -> np.ndarray:
+def duplicate_documents(doc_ids: bytes | bytearray | memoryview) -> np.ndarray:
     """Numbers of the documents whose id came before (int64, ascending); doc_ids: 16 bytes each, in order."""
     halves = np.frombuffer(doc_ids, ">u8").reshape(-1, 2)
     order = np.lexsort((halves[:, 1], halves[:, 0]))

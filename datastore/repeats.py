@@ -33,7 +33,7 @@ def repeated_rows(paths: Sequence[Path], rows_per_file: Sequence[int], workers: 
             start, count = first_row[path], len(digests) // 16
             ids_R16[start : start + count] = np.frombuffer(digests, np.uint8).reshape(-1, 16)
             bar.advance(count)
-    repeats_R = duplicate_documents(ids_R16.tobytes())
+    repeats_R = duplicate_documents(ids_R16.data)
     return repeats_R[ids_R16[repeats_R].any(axis=1)]
 
 

@@ -26,8 +26,8 @@ from vllm.v1.pool.metadata import PoolingMetadata
 
 from datastore.reduce import VocabShard, reduce_hidden
 from datastore.target import position_uniforms
+from datastore.vllm_scorer import GATE
 
-GATE = "VPMOE_SCORER"
 TASK = "token_classify"
 SETTINGS = "vpmoe_scorer"
 # What vLLM's memory profiling sends instead of a request: every position is reduced, the largest case.
