@@ -87,7 +87,10 @@ class _Manifest(Config):
 
 
 class DatasetManifest(_Manifest):
-    """A dataset of packed rows. config: the resolved DataConfig. rejects, truncated: documents by reason."""
+    """A dataset of packed rows. config: the resolved DataConfig. rejects, truncated: documents by reason.
+
+    origin: the dataset that a repack was made from, null for a build.
+    """
 
     dataset_id: str
     fingerprint: str
@@ -101,12 +104,28 @@ class DatasetManifest(_Manifest):
     counts: dict[Split, SplitCounts]
     rejects: dict[str, int]
     truncated: dict[str, int]
+    origin: dict[str, Any] | None = None
+
+
+class QuarantinedDocument(Config):
+    """A document that no engine could score, and why. row: within its shard. doc_id: hex."""
+
+    split: Split
+    shard: int
+    row: int
+    document: int
+    doc_id: str
+    reason: str
 
 
 class TargetManifest(_Manifest):
     """The targets of one teacher for one dataset. teacher: its resolved config. mode: {system, reasoning}.
 
-    budget: the error budget of datastore/budget.py by span. alignment: the report of the alignment gate.
+    budget: the error budget of datastore/budget.py by span; shard_budgets: the same of each shard, in order.
+    alignment: the report of the alignment gate. selection: which documents were to be scored
+    (datastore/selection.py); quarantine: those of them that no engine could score. id_order_sha256: of the order of
+    ids that the codec uses (datastore/id_order.py). canary, self_noise: what datastore/canary.py measured.
+    origin: the dataset and targets that a repack carried over, null for a scoring.
     """
 
     codec_version: int
@@ -121,6 +140,13 @@ class TargetManifest(_Manifest):
     budget: dict[str, Any]
     alignment: dict[str, Any]
     counts: dict[str, Any]
+    id_order_sha256: str = ""
+    selection: dict[str, Any] = {}
+    shard_budgets: dict[Split, tuple[dict[str, Any], ...]] = {}
+    quarantine: tuple[QuarantinedDocument, ...] = ()
+    canary: dict[str, Any] = {}
+    self_noise: dict[str, Any] = {}
+    origin: dict[str, Any] | None = None
 
 
 AnyManifest = TypeVar("AnyManifest", bound=_Manifest)

@@ -36,12 +36,15 @@ class RenderedDoc:
     """One document in Harmony.
 
     doc_id: 16 bytes, blake2b-128 of synth_id in UTF-8. tokens_T: int32. spans_T: uint8.
+    language, exercise: of the source row, "" where it has none.
     analysis_cut, user_cut: content tokens that truncation removed from the left of that message.
     """
 
     doc_id: bytes
     tokens_T: np.ndarray
     spans_T: np.ndarray
+    language: str = ""
+    exercise: str = ""
     analysis_cut: int = 0
     user_cut: int = 0
 
@@ -53,6 +56,7 @@ class PackedRow:
     Example, L=8, documents of 3 and 4 tokens: doc_ends_D=[3, 7]; position 7 is padding (199999, span 0).
     tokens_T: int32 [L]. spans_T: uint8 [L]. doc_ends_D: int32, exclusive ends, ascending.
     doc_ids: one 16-byte id a document. row_hash: see docs/format.md.
+    languages, exercises: one text a document, of its source row, "" where it has none.
     """
 
     tokens_T: np.ndarray
@@ -60,6 +64,8 @@ class PackedRow:
     doc_ends_D: np.ndarray
     doc_ids: tuple[bytes, ...]
     row_hash: int
+    languages: tuple[str, ...] = ()
+    exercises: tuple[str, ...] = ()
 
     def documents(self) -> list[slice]:
         """The slice of positions of each document."""
