@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from common.config import Config
 from common.errors import ConfigError
 from common.files import sha256_file
+from datastore.budget import BudgetLimits
 from datastore.harmony import RenderConfig
 from datastore.target import MAX_THRESHOLD, MIN_THRESHOLD
 
@@ -62,6 +63,8 @@ class TeacherConfig(Config):
     commit to take as revision.
 
     threshold: ids of at least this probability are stored exactly (docs/format.md). The lm_head is always fp32.
+    limits: what every shard must keep (datastore/budget.py). canary: the file with the reference values of this
+    teacher (datastore/canary.py); null: canary.json in its local model folder.
     """
 
     name: str
@@ -71,6 +74,8 @@ class TeacherConfig(Config):
     threshold: float = Field(ge=MIN_THRESHOLD, le=MAX_THRESHOLD)
     temperature: Literal[1.0] = 1.0
     system: SystemText | None = None
+    limits: BudgetLimits = BudgetLimits()
+    canary: str | None = None
     engine: EngineConfig
 
     @model_validator(mode="after")
