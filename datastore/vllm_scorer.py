@@ -47,7 +47,14 @@ class VllmScorer:
         self.close()
 
     def score(self, requests: list[ScoreRequest]) -> list[SparseTarget]:
-        """Targets in document coordinates, in the order of `requests`.
+        """Targets in document coordinates, in the order of `requests`. Raises EngineError as `score_packed` does."""
+        return [
+            unpack(packed_PC, request.positions_P, self._teacher.threshold)
+            for packed_PC, request in zip(self.score_packed(requests), requests, strict=True)
+        ]
+
+    def score_packed(self, requests: list[ScoreRequest]) -> list[np.ndarray]:
+        """The same as packed rows, int32 [P, packed_width] a request (datastore/reduce.py), which `unpack` reads.
 
         Longest documents run first. Raises EngineError when the engine fails or returns something else than one row
         of numbers for each position.
@@ -56,10 +63,7 @@ class VllmScorer:
         order = [i for i in order if len(requests[i].positions_P)]
         rows = dict(zip(order, self._encode([requests[i] for i in order]), strict=True))
         empty = np.empty((0, packed_width(self._teacher.threshold)), np.int32)
-        return [
-            unpack(rows.get(i, empty), request.positions_P, self._teacher.threshold)
-            for i, request in enumerate(requests)
-        ]
+        return [rows.get(i, empty) for i in range(len(requests))]
 
     def _encode(self, requests: list[ScoreRequest]) -> list[np.ndarray]:
         if not requests:
