@@ -14,7 +14,8 @@ from pydantic import Field, ValidationError
 from common.config import Config
 from common.errors import AlignmentError, FormatError
 from datastore.codec import decode_blob
-from datastore.target import class_masks, require_valid, row_target, target_positions
+from datastore.id_order import IdOrder
+from datastore.target import class_masks, require_valid, row_target
 from datastore.types import DocTarget, PackedRow, SparseTarget
 
 
@@ -109,16 +110,17 @@ class BudgetLimits(Config):
     max_entries: float = Field(default=64.0, gt=0)
 
 
-def row_budget(documents: list[DocTarget], blob: bytes, row: PackedRow) -> BudgetSums:
+def row_budget(
+    documents: list[DocTarget | None], blob: bytes, row: PackedRow, order: IdOrder
+) -> BudgetSums:
     """The sums of one row: its reductions before storing against what `blob` gives back.
 
     documents: fresh reductions as encoded into `blob`, with their entropy_P. Raises AlignmentError when they are not
     the row's, FormatError when one is no reduction (masses to 1e-3) or the blob cannot be read or returns other ids.
     """
-    positions = [target_positions(row.tokens_T[s], row.spans_T[s]) for s in row.documents()]
     exact = row_target(documents, row)
     require_valid(exact)
-    stored = row_target(decode_blob(blob, positions), row)
+    stored = row_target(decode_blob(blob, row, order), row)
     if exact.entropy_P is None:
         raise FormatError("targets without their entropies", expected="those of the reduction")
     quantities_P = {

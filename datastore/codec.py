@@ -16,6 +16,7 @@ import zstandard
 
 from common.errors import AlignmentError, FormatError
 from common.tokenizer import VOCAB_SIZE
+from datastore.id_order import IdOrder
 from datastore.target import (
     NORMALISATION_TOLERANCE,
     concatenate_targets,
@@ -23,12 +24,14 @@ from datastore.target import (
     require_masses,
     require_threshold,
     require_valid,
+    target_positions,
 )
-from datastore.types import DocTarget, SparseTarget, TargetSums
+from datastore.types import DocTarget, PackedRow, SparseTarget, TargetSums
 
 CODEC_VERSION = 1
 MAGIC = b"VPT1"
 ZSTD_LEVEL = 3
+UNSCORED = 0xFFFFFFFF  # in place of the number of positions of a document that was not scored
 _PREFIX = struct.Struct("<4sQ")
 _COUNTS = struct.Struct("<IIIIId")
 _FP16_ERROR = 2.0**-9  # of a logprob between -8 and 0; a smaller mass does not move a sum
@@ -67,18 +70,32 @@ class _Header:
         )
 
 
-def encode_blob(documents: list[DocTarget]) -> bytes:
-    """The blob of a packed row's documents, in row order (at least one, all of one threshold).
+def encode_blob(documents: list[DocTarget | None], row: PackedRow, order: IdOrder) -> bytes:
+    """The blob of the documents of `row`, in row order (at least one, all of one threshold; None: not scored).
 
     Every target must be a valid reduction: heads by falling probability, draws by ascending id, each of weight
     threshold (float32), no id twice, head + tail mass 1, draws within one of tail/threshold, logprobs <= 0,
     realised logprobs above -65504. Masses are held to `stored_tolerance`, so that decoded targets encode again (to
     the same bytes); `row_budget` holds fresh reductions to 1e-3.
-    Raises FormatError on anything else: what cannot be read back is never written.
+    Raises FormatError on anything else: what cannot be read back is never written; AlignmentError when the documents
+    or their positions are not those of the row.
     """
-    if not documents:
+    positions = _row_positions(row)
+    if len(documents) != len(positions):
+        raise AlignmentError(
+            "targets of a row", got=f"{len(documents)} documents", expected=f"{len(positions)}"
+        )
+    scored = [document for document in documents if document is not None]
+    if not scored:
         raise FormatError("targets of a row", got="no document", expected="at least one")
-    targets = [document.target for document in documents]
+    for document, positions_P in zip(documents, positions, strict=True):
+        if document and not np.array_equal(document.target.positions_P, positions_P):
+            raise AlignmentError(
+                "targets of a document stand at other positions than those of the row",
+                got=f"{len(document.target.positions_P)} positions",
+                expected=f"{len(positions_P)}, those whose next token is a target",
+            )
+    targets = [document.target for document in scored]
     in_head_E = np.concatenate(
         [require_valid(target, stored_tolerance(target.threshold)) for target in targets]
     )
@@ -98,8 +115,10 @@ def encode_blob(documents: list[DocTarget]) -> bytes:
         raise FormatError("entropy sums of a document", got=sums.tolist(), expected="finite, >= 0")
     payload = b"".join(
         [
-            np.array([document.content_key for document in documents], dtype="<u8").tobytes(),
-            np.array([len(target.positions_P) for target in targets], dtype="<u4").tobytes(),
+            np.array([d.content_key if d else 0 for d in documents], dtype="<u8").tobytes(),
+            np.array(
+                [len(d.target.positions_P) if d else UNSCORED for d in documents], dtype="<u4"
+            ).tobytes(),
             sums.tobytes(),
             joined.num_head_P.astype(np.uint8).tobytes(),
             num_draws_P.astype(np.uint8).tobytes(),
@@ -119,7 +138,14 @@ def encode_blob(documents: list[DocTarget]) -> bytes:
     return _PREFIX.pack(MAGIC, xxhash.xxh3_64_intdigest(body)) + body
 
 
-def _sums_of(document: DocTarget) -> tuple[float, float, float]:
+def _row_positions(row: PackedRow) -> list[np.ndarray]:
+    """For each document of a row, the positions that carry an entry, counted from its first token (int32 [P])."""
+    return [target_positions(row.tokens_T[doc], row.spans_T[doc]) for doc in row.documents()]
+
+
+def _sums_of(document: DocTarget | None) -> tuple[float, float, float]:
+    if document is None:
+        return 0.0, 0.0, 0.0
     sums = document.entropy_sums
     return sums.reasoning, sums.final, sums.control
 
@@ -155,16 +181,17 @@ def _is_first(counts: np.ndarray) -> np.ndarray:
     return marks
 
 
-def decode_blob(blob: bytes, positions: list[np.ndarray]) -> list[DocTarget]:
-    """The targets of a row's documents; `positions` is `target_positions` of each document of the row, in order.
+def decode_blob(blob: bytes, row: PackedRow, order: IdOrder) -> list[DocTarget | None]:
+    """The targets of each document of `row`, None where it was not scored.
 
     Positions are not stored, so the row gives them; they also bound the size before anything is decompressed.
     Content keys are not compared here: `row_target` does that.
     Raises FormatError on any damage or malformed field, AlignmentError when the counts are not those of the row.
     """
     header, frame = _open(blob)
+    positions = _row_positions(row)
     num_positions = sum(len(positions_P) for positions_P in positions)
-    if (header.documents, header.positions) != (len(positions), num_positions):
+    if header.documents != len(positions) or header.positions > num_positions:
         raise AlignmentError(
             "targets do not belong to this row",
             got=f"{header.documents} documents with {header.positions} targets",
@@ -175,23 +202,27 @@ def decode_blob(blob: bytes, positions: list[np.ndarray]) -> list[DocTarget]:
     keys_D = fields.take("<u8", header.documents)
     counts_D = fields.take("<u4", header.documents).tolist()
     sums_D3 = fields.take("<f8", 3 * header.documents).reshape(-1, 3)
-    if counts_D != [len(positions_P) for positions_P in positions]:
+    scored = [p for p, count in zip(positions, counts_D, strict=True) if count != UNSCORED]
+    held = [count for count in counts_D if count != UNSCORED]
+    if held != [len(p) for p in scored] or header.positions != sum(held) or not held:
         raise AlignmentError(
             "targets do not belong to the documents of this row",
             got=f"{counts_D} targets a document",
             expected=f"{[len(positions_P) for positions_P in positions]}",
             remedy="score this dataset again",
         )
-    target = _decode_target(fields, header, np.concatenate(positions).astype(np.int32))
+    target = _decode_target(fields, header, np.concatenate(scored).astype(np.int32))
     if not np.all(np.isfinite(sums_D3) & (sums_D3 >= 0)):
         raise _damaged("an entropy sum is negative or not finite")
-    ends = np.cumsum(counts_D).tolist()
+    ends = np.cumsum([0 if count == UNSCORED else count for count in counts_D]).tolist()
     return [
         DocTarget(
             content_key=key,
             target=_slice(target, end - count, end),
             entropy_sums=TargetSums(reasoning=sums[0], final=sums[1], control=sums[2]),
         )
+        if count != UNSCORED
+        else None
         for key, sums, count, end in zip(
             keys_D.tolist(), sums_D3.tolist(), counts_D, ends, strict=True
         )

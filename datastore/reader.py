@@ -12,10 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-
 from common.errors import AlignmentError, FormatError
 from datastore import codec
+from datastore.id_order import IdOrder
 from datastore.manifest import (
     DatasetManifest,
     TargetManifest,
@@ -24,7 +23,6 @@ from datastore.manifest import (
     target_folder,
 )
 from datastore.shard import FileEntry, TargetShard, TokenShard
-from datastore.target import target_positions
 from datastore.types import DocTarget, PackedRow, Split
 
 # Open shards kept for each store: maps and views only (no file descriptors), about 0.1 MB of Python objects a shard.
@@ -76,6 +74,7 @@ class TargetStore:
     def __init__(self, dataset: Dataset, manifest: TargetManifest) -> None:
         self.dataset, self.manifest = dataset, manifest
         self.path = target_folder(dataset.path, manifest.slug)
+        self.order = IdOrder.read(self.path, manifest.id_order_sha256)
         self._shard = _keep_open(open_target_shard, self.path, manifest)
 
     @classmethod
@@ -112,18 +111,13 @@ class TargetStore:
         shard, row = self.dataset.locate(split, index)
         return self._shard(split, shard).blob(row, row_hash)
 
-    def documents(self, split: Split, index: int, row: PackedRow) -> list[DocTarget] | None:
-        """The targets of each document of `row`, which must be row `index`; None when it was not scored."""
+    def documents(self, split: Split, index: int, row: PackedRow) -> list[DocTarget | None] | None:
+        """The targets of each document of `row`, which must be row `index`; None where it was not scored."""
         blob = self.blob(split, index, row.row_hash)
-        return None if blob is None else codec.decode_blob(blob, document_positions(row))
+        return None if blob is None else codec.decode_blob(blob, row, self.order)
 
     def __reduce__(self) -> tuple[object, ...]:
         return _reopen_targets, (self.dataset, self.manifest.slug, self.manifest.target_id)
-
-
-def document_positions(row: PackedRow) -> list[np.ndarray]:
-    """For each document of a row, the positions that carry an entry, counted from its first token (int32 [P])."""
-    return [target_positions(row.tokens_T[doc], row.spans_T[doc]) for doc in row.documents()]
 
 
 def check_files(folder: Path, manifest: DatasetManifest | TargetManifest, remedy: str) -> None:

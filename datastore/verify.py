@@ -26,13 +26,14 @@ from datastore.checks import (
     check_padding,
     duplicate_documents,
 )
+from datastore.id_order import IdOrder
 from datastore.manifest import (
     MANIFEST_NAME,
     DatasetManifest,
     TargetManifest,
     load_dataset_manifest,
 )
-from datastore.reader import Dataset, TargetStore, document_positions
+from datastore.reader import Dataset, TargetStore
 from datastore.shard import DOC_ID_BYTES, FileEntry, TargetShard, TokenShard, shard_name
 from datastore.target import row_target
 from datastore.types import SPLITS, PackedRow, Split
@@ -129,6 +130,7 @@ class TargetJob:
     entry: FileEntry
     target_id: str
     threshold: float
+    order: IdOrder
 
 
 @dataclass(frozen=True)
@@ -254,7 +256,7 @@ def _verify_targets(
         blob = shard.blob(index, row.row_hash)
         if blob is None:
             return
-        documents = codec.decode_blob(blob, document_positions(row))
+        documents = codec.decode_blob(blob, row, target.order)
         sparse = row_target(documents, row)
         if sparse.threshold != target.threshold:
             raise FormatError("threshold", got=sparse.threshold, expected=target.threshold)
@@ -320,6 +322,7 @@ def _target_job(store: TargetStore, split: Split, shard: int) -> TargetJob:
         entry=manifest.entries(split)[shard],
         target_id=manifest.target_id,
         threshold=manifest.threshold,
+        order=store.order,
     )
 
 

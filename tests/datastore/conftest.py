@@ -15,6 +15,7 @@ from common import tokenizer
 from datastore import codec
 from datastore.budget import BudgetSums, row_budget
 from datastore.harmony import RenderConfig, Renderer
+from datastore.id_order import IdOrder
 from datastore.manifest import (
     DatasetManifest,
     SpanTokens,
@@ -176,7 +177,8 @@ def write_targets(
     **changes,
 ) -> TargetManifest:
     """A committed target store for a whole dataset; rows numbered in `unscored` (of a split) get none."""
-    dataset, budget = Dataset.open(folder), BudgetSums()
+    dataset, budget, order = Dataset.open(folder), BudgetSums(), IdOrder.identity()
+    order.write(target_folder(folder, slug))
     files: dict[Split, list] = {split: [] for split in dataset.manifest.files}
     for split, entries in dataset.manifest.files.items():
         first = 0
@@ -188,9 +190,9 @@ def write_targets(
                     blobs.append((row.row_hash, None))
                     continue
                 documents = documents_of(row)
-                blob = codec.encode_blob(documents)
+                blob = codec.encode_blob(documents, row, order)
                 blobs.append((row.row_hash, blob))
-                budget = budget.merged(row_budget(row_documents(row), blob, row))
+                budget = budget.merged(row_budget(row_documents(row), blob, row, order))
             first += entry.rows
             place = {"target_id": TARGET_ID, "split": split, "shard": shard}
             files[split].append(write_target_shard(target_folder(folder, slug), blobs, **place))
@@ -210,6 +212,7 @@ def write_targets(
         "budget": budget.budget().model_dump(),
         "alignment": {},
         "counts": {},
+        "id_order_sha256": order.sha256,
     }
     manifest = TargetManifest(**(values | changes))
     commit_manifest(target_folder(folder, slug), manifest)
