@@ -186,20 +186,29 @@ def dense_weights(target: SparseTarget, vocab_size: int) -> np.ndarray:
     return weights_PV
 
 
-def row_target(documents: list[DocTarget], row: PackedRow) -> SparseTarget:
-    """The targets of a packed row in row coordinates, joined by content.
+def row_target(documents: Sequence[DocTarget | None], row: PackedRow) -> SparseTarget:
+    """The targets of a packed row in row coordinates, joined by content: those of its scored documents.
 
-    Raises AlignmentError when a document's content key or scored positions are not those of the row.
+    documents: one a document of the row, None where it was not scored; at least one was. Each covers exactly the
+    target positions of its document. Raises AlignmentError when one does not, when its content key is not that of
+    the row's tokens, or when no document was scored.
     """
     slices = row.documents()
     if len(documents) != len(slices):
         raise AlignmentError(
             "targets of a row", got=f"{len(documents)} documents", expected=f"{len(slices)}"
         )
+    targets, shifted = [], []
     for number, (document, where) in enumerate(zip(documents, slices, strict=True)):
+        if document is None:
+            continue
         _require_same_document(document, row.tokens_T[where], row.spans_T[where], number)
-    targets = [document.target for document in documents]
-    shifted = [t.positions_P + where.start for t, where in zip(targets, slices, strict=True)]
+        targets.append(document.target)
+        shifted.append(document.target.positions_P + where.start)
+    if not targets:
+        raise AlignmentError(
+            "targets of a row of which no document was scored", expected="no targets at all (null)"
+        )
     return concatenate_targets(targets, shifted)
 
 
