@@ -17,8 +17,13 @@ import numpy as np
 import torch
 
 from common import logs
+from common.config import load_config, named_config
 from common.files import write_json
 from common.tokenizer import VOCAB_SIZE
+from datastore.canary import canary_path, write_canary
+from datastore.canary_reference import make_reference
+from datastore.prompt import Prefix, ScoreRequest
+from datastore.teacher import TeacherConfig
 from datastore.types import SPAN_IGNORED
 
 HIDDEN = 64
@@ -28,6 +33,8 @@ LEARNING_RATE = 4e-3
 UNSEEN_MASS = 0.003
 # One: the operations are small, and two threads wait for each other ten times longer on a busy machine.
 THREADS = 1
+# Targets of the canary: nine documents of the demo.
+CANARY_TARGETS = 400
 
 Document = tuple[np.ndarray, np.ndarray]
 
@@ -51,7 +58,7 @@ def make_tiny_teacher(folder: Path, dataset: Path, *, seed: int = 0, steps: int 
 def train_tiny_teacher(
     folder: Path, documents: list[Document], *, seed: int, steps: int, source: str
 ) -> Path:
-    """Write a gpt-oss model folder (config.json, model.safetensors fp32, provenance.json) trained on `documents`.
+    """Write a gpt-oss model folder (config.json, model.safetensors fp32, canary.json) trained on `documents`.
 
     documents: (tokens_T int32, spans_T uint8) each. `source` names where they came from. The same arguments give
     the same weights on the same machine: seeds are fixed and the number of threads is set.
@@ -68,7 +75,20 @@ def train_tiny_teacher(
     (folder / "generation_config.json").unlink(missing_ok=True)
     provenance = {"source": source, "seed": seed, "steps": steps, "last_loss": last_loss}
     write_json(folder / "provenance.json", provenance)
+    _write_canary(folder, documents)
     return folder
+
+
+def _write_canary(folder: Path, documents: list[Document]) -> None:
+    """The reference values that an engine must give before it may score, from the saved weights."""
+    whole = Prefix(np.empty(0, np.int32), np.empty(0, np.int32), None, None)
+    requests: list[ScoreRequest] = []
+    for tokens_T, spans_T in documents:
+        if sum(len(request.positions_P) for request in requests) >= CANARY_TARGETS:
+            break
+        requests.append(whole.request(tokens_T, spans_T))
+    teacher = load_config(TeacherConfig, named_config("teacher", "tiny"), (f"model={folder}",))
+    write_canary(canary_path(teacher, folder), make_reference(teacher, folder, requests))
 
 
 @contextlib.contextmanager
