@@ -19,6 +19,15 @@ def default_dataset() -> Path:
     return Path(load_config(DataConfig, CONFIG_ROOT / "data" / "synth.yaml").out)
 
 
+def _dataset_and_overrides(arguments: tuple[str, ...]) -> tuple[Path, tuple[str, ...]]:
+    """[DATASET] [KEY=VALUE]... apart; the default dataset when none is named."""
+    overrides = tuple(argument for argument in arguments if "=" in argument)
+    folders = [argument for argument in arguments if "=" not in argument]
+    if len(folders) > 1:
+        raise click.UsageError(f"more than one DATASET: {', '.join(folders)}")
+    return Path(folders[0]) if folders else default_dataset(), overrides
+
+
 @click.group(cls=Program, context_settings=CONTEXT)
 def main() -> None:
     """SYNTH to packed shards of Harmony tokens, span tags and teacher targets."""
@@ -68,15 +77,53 @@ def score(arguments: tuple[str, ...], name: str) -> None:
     from datastore.score import score_dataset
     from datastore.teacher import TeacherConfig
 
-    overrides = tuple(argument for argument in arguments if "=" in argument)
-    folders = [argument for argument in arguments if "=" not in argument]
-    if len(folders) > 1:
-        raise click.UsageError(f"more than one DATASET: {', '.join(folders)}")
+    dataset, overrides = _dataset_and_overrides(arguments)
     teacher = load_config(TeacherConfig, named_config("teacher", name), overrides)
-    dataset = Path(folders[0]) if folders else default_dataset()
     manifest = score_dataset(dataset, teacher)
     tokens = sum(counts["tokens"] for counts in manifest.counts.values())
     click.echo(f"{dataset}/targets/{manifest.slug}: {tokens:,} tokens, target {manifest.target_id}")
+
+
+@main.command()
+@click.argument("arguments", nargs=-1, metavar="[DATASET] [KEY=VALUE]...")
+@click.option("--teacher", "name", required=True, help="NAME of configs/teacher/NAME.yaml.")
+@click.option("--write", is_flag=True, help="Make the reference, with transformers.")
+@click.option(
+    "--documents",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="With --write: how many documents of DATASET.",
+)
+def canary(arguments: tuple[str, ...], name: str, write: bool, documents: int) -> None:
+    """Compare the engine with the reference values of a teacher, as each scoring does before it starts.
+
+    With --write the reference is made from documents of DATASET with transformers, which shares no kernel with the
+    engine. Exit codes: 0 the engine agrees, 1 it does not or there is no reference, 2 config.
+
+    \b
+    vpmoe-data canary --teacher gpt-oss-120b
+    vpmoe-data canary data/synth --teacher gpt-oss-120b --write
+    """
+    from common.config import load_config, named_config
+    from datastore.teacher import TeacherConfig
+
+    dataset, overrides = _dataset_and_overrides(arguments)
+    teacher = load_config(TeacherConfig, named_config("teacher", name), overrides)
+    if write:
+        from datastore.canary_reference import write_reference
+
+        click.echo(f"wrote {write_reference(dataset, teacher, documents)}")
+        return
+    import json
+
+    from datastore.canary import require_canary
+    from datastore.teacher import local_model
+    from datastore.vllm_scorer import VllmScorer
+
+    model = local_model(teacher)
+    with VllmScorer(teacher, model) as scorer:
+        click.echo(json.dumps(require_canary(scorer, teacher, model), indent=2))
 
 
 @main.command()
