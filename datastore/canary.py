@@ -129,6 +129,19 @@ def read_canary(path: Path) -> CanaryReference:
         raise FormatError(str(error), remedy=remedy) from None
 
 
+def reference_of(teacher: TeacherConfig, model: Path) -> CanaryReference | None:
+    """The reference of a teacher, None with random weights, which have none. Raises EngineError when it is absent."""
+    if teacher.engine.load_format == "dummy":
+        return None
+    path = canary_path(teacher, model)
+    if not path.is_file():
+        raise EngineError(
+            f"teacher {teacher.name} has no canary: {path} does not exist",
+            remedy=f"make it once with {_make(teacher)}",
+        )
+    return read_canary(path)
+
+
 def require_canary(
     scorer: Scorer,
     teacher: TeacherConfig,
@@ -141,19 +154,13 @@ def require_canary(
     weights: `weights_identity` where the caller has it already; else the weight files are hashed here. Random weights
     have no reference: {"skipped": "random weights"}.
     """
-    if teacher.engine.load_format == "dummy":
+    reference = reference_of(teacher, model)
+    if reference is None:
         return {"skipped": "random weights"}
-    path = canary_path(teacher, model)
-    if not path.is_file():
-        raise EngineError(
-            f"teacher {teacher.name} has no canary: {path} does not exist",
-            remedy=f"make it once with {_make(teacher)}",
-        )
-    reference = read_canary(path)
     found = weights or weights_identity(teacher, model)
     if reference.weights != found:
         raise EngineError(
-            f"the canary {path} was made for other weights than those of {teacher.name} in {model}",
+            f"the canary of teacher {teacher.name} was made for other weights than those in {model}",
             got=_difference(found, reference.weights),
             remedy=f"check the model; if it was changed on purpose, {_make(teacher)} makes it again",
         )
