@@ -35,16 +35,8 @@ class IdOrder:
     @classmethod
     def of(cls, ids_V: np.ndarray) -> IdOrder:
         """The order with these ids by rank. Raises FormatError unless each id of the vocabulary occurs once."""
-        if not np.array_equal(np.sort(ids_V), np.arange(VOCAB_SIZE)):
-            raise FormatError(
-                "an order of ids",
-                got=f"{len(ids_V)} ids, {len(np.unique(ids_V))} of them distinct",
-                expected=f"each of 0..{VOCAB_SIZE - 1} once",
-            )
-        ids_V = ids_V.astype(np.int32)
-        ranks_V = np.empty(VOCAB_SIZE, np.int32)
-        ranks_V[ids_V] = np.arange(VOCAB_SIZE, dtype=np.int32)
-        return cls(ids_V, ranks_V, sha256_bytes(_as_bytes(ids_V)))
+        ids_V = np.asarray(ids_V).astype(np.int32)
+        return cls(ids_V, _inverse(ids_V), sha256_bytes(_as_bytes(ids_V)))
 
     @classmethod
     def identity(cls) -> IdOrder:
@@ -67,11 +59,25 @@ class IdOrder:
                 expected=sha256 or "a manifest that names one",
                 remedy=remedy,
             )
-        return cls.of(np.frombuffer(content, "<u4"))
+        ids_V = np.frombuffer(content, "<u4").astype(np.int32)
+        return cls(ids_V, _inverse(ids_V), sha256)
 
     def write(self, folder: Path) -> None:
         """Write targets/<teacher>/id_order.bin atomically."""
         write_bytes(Path(folder) / NAME, _as_bytes(self.ids_V))
+
+
+def _inverse(ids_V: np.ndarray) -> np.ndarray:
+    in_range = ids_V[(ids_V >= 0) & (ids_V < VOCAB_SIZE)]
+    ranks_V = np.full(VOCAB_SIZE, -1, np.int32)
+    ranks_V[in_range] = np.arange(len(in_range), dtype=np.int32)
+    if len(ids_V) != VOCAB_SIZE or ranks_V.min() < 0:
+        raise FormatError(
+            "an order of ids",
+            got=f"{len(ids_V)} ids, {np.count_nonzero(ranks_V >= 0)} of them distinct and valid",
+            expected=f"each of 0..{VOCAB_SIZE - 1} once",
+        )
+    return ranks_V
 
 
 def _as_bytes(ids_V: np.ndarray) -> bytes:

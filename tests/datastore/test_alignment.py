@@ -17,9 +17,10 @@ from datastore.alignment import (
     require_same_source,
 )
 from datastore.codec import CODEC_VERSION, decode_blob, encode_blob
+from datastore.id_order import IdOrder
 from datastore.manifest import DatasetManifest, TargetManifest, TokenizerInfo
 from datastore.target import content_key, position_uniforms, reduce_logprobs, target_positions
-from datastore.types import DocTarget, SparseTarget, TargetSums
+from datastore.types import DocTarget, PackedRow, SparseTarget, TargetSums
 
 VOCAB, LENGTH, DOCUMENTS = 200, 120, 12
 Pairs = list[tuple[np.ndarray, SparseTarget]]
@@ -105,12 +106,19 @@ def test_the_true_teacher_passes(world):
 def test_stored_targets_pass_as_well(world):
     """Through the codec: rounding moves head and realised logprob apart, within the gate's tolerance."""
     chances_VV, documents = world
-    sums = TargetSums(reasoning=0.0, final=0.0, control=0.0)
+    sums, order = TargetSums(reasoning=0.0, final=0.0, control=0.0), IdOrder.identity()
     pairs = []
     for tokens_T in documents:
         target = score(tokens_T, chances_VV)
         document = DocTarget(content_key=content_key(tokens_T), target=target, entropy_sums=sums)
-        stored = decode_blob(encode_blob([document]), [target.positions_P])[0].target
+        row = PackedRow(
+            tokens_T=tokens_T,
+            spans_T=spans_of(tokens_T),
+            doc_ends_D=np.array([len(tokens_T)], dtype=np.int32),
+            doc_ids=(bytes(16),),
+            row_hash=0,
+        )
+        stored = decode_blob(encode_blob([document], row, order), row, order)[0].target
         pairs.append((tokens_T, stored))
     assert judge(pairs).disagreements == 0
 

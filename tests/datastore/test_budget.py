@@ -20,6 +20,7 @@ from datastore.budget import (
     row_budget,
 )
 from datastore.codec import decode_blob, encode_blob, steps_per_nat
+from datastore.id_order import IdOrder
 from datastore.target import (
     content_key,
     entropy_sums,
@@ -29,6 +30,7 @@ from datastore.target import (
 )
 from datastore.types import DocTarget, PackedRow, SparseTarget
 
+ORDER = IdOrder.identity()
 REASONING_TOKENS = np.array(
     [200007, 200006, 11, 12, 13, 200007, 14, 200002, 199999], dtype=np.int32
 )
@@ -76,8 +78,8 @@ def test_figures_of_a_teacher_known_by_heart():
     """Half the mass on one id, half on 400 ids below the threshold: entropy ln 2 / 2 + ln 800 / 2, 26 entries."""
     row = make_row(2, 500)
     documents = score(row, HALF_HEAD)
-    blob = encode_blob(documents)
-    budget = row_budget(documents, blob, row).budget()
+    blob = encode_blob(documents, row, ORDER)
+    budget = row_budget(documents, blob, row, ORDER).budget()
     assert budget.positions == 14
     assert budget.bytes_per_token == len(blob) / 14
     counts = (budget.reasoning.positions, budget.final.positions, budget.control.positions)
@@ -94,7 +96,10 @@ def test_figures_of_a_teacher_known_by_heart():
 def test_sums_merge_as_json_like_one_pass():
     rows = [make_row(copies, 100 * copies) for copies in (1, 2, 3)]
     parts = [score(row, HALF_HEAD) for row in rows]
-    sums = [row_budget(d, encode_blob(d), row) for d, row in zip(parts, rows, strict=True)]
+    sums = [
+        row_budget(d, encode_blob(d, row, ORDER), row, ORDER)
+        for d, row in zip(parts, rows, strict=True)
+    ]
     total = BudgetSums()
     for part in sums:
         total = total.merged(BudgetSums.model_validate(json.loads(part.model_dump_json())))
@@ -114,7 +119,7 @@ def test_a_class_without_positions_is_null():
     spans_T = np.where(row.spans_T == 2, 0, row.spans_T).astype(np.uint8)
     row = replace(row, spans_T=spans_T)
     documents = score(row, HALF_HEAD)
-    budget = row_budget(documents, encode_blob(documents), row).budget()
+    budget = row_budget(documents, encode_blob(documents, row, ORDER), row, ORDER).budget()
     assert budget.final is None and budget.reasoning.positions == 5
     assert require_budget(json.loads(budget.model_dump_json()), BudgetLimits()) == budget
 
@@ -142,7 +147,14 @@ def test_quantisation_kl_is_within_its_bound(threshold, spread):
         exact.positions_P,
     )
     document = DocTarget(content_key=1, target=exact, entropy_sums=sums)
-    stored = decode_blob(encode_blob([document]), [exact.positions_P])[0].target
+    row = PackedRow(
+        tokens_T=np.zeros(501, dtype=np.int32),
+        spans_T=np.array([0, *[1] * 500], dtype=np.uint8),
+        doc_ends_D=np.array([501], dtype=np.int32),
+        doc_ids=(bytes(16),),
+        row_hash=0,
+    )
+    stored = decode_blob(encode_blob([document], row, ORDER), row, ORDER)[0].target
     kl_P = quantisation_kl(exact, stored)
     worst = 0.5 / steps_per_nat(threshold) + 2.0**-9
     assert kl_P.min() >= -1e-12
@@ -183,14 +195,14 @@ def test_blobs_of_other_rows_and_bad_reductions_are_refused():
     row, other = make_row(2, 500), make_row(2, 900)
     documents, foreign = score(row, HALF_HEAD), score(other, HALF_HEAD)
     with pytest.raises(AlignmentError, match="other tokens"):
-        row_budget(documents, encode_blob(foreign), row)
+        row_budget(documents, encode_blob(foreign, other, ORDER), row, ORDER)
     with pytest.raises(AlignmentError, match="other tokens"):
-        row_budget(foreign, encode_blob(documents), row)
+        row_budget(foreign, encode_blob(documents, row, ORDER), row, ORDER)
     target = documents[0].target
     heavier = np.where(target.weights_E > 0.4, 0.505, target.weights_E).astype(np.float32)
     loose = [replace(documents[0], target=replace(target, weights_E=heavier)), documents[1]]
     with pytest.raises(FormatError, match="add up"):
-        row_budget(loose, encode_blob(loose), row)
+        row_budget(loose, encode_blob(loose, row, ORDER), row, ORDER)
 
 
 def known_budget(**changes: object) -> dict:

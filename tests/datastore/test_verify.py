@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from datastore import codec
 from datastore.checks import check_document, check_padding, duplicate_documents
 from datastore.cli import main
+from datastore.id_order import IdOrder
 from datastore.manifest import (
     DatasetManifest,
     commit_manifest,
@@ -294,8 +295,9 @@ def with_other_targets(handmade, folder: Path, change) -> list[Fault]:
 
 def test_targets_of_other_text(handmade, folder) -> None:
     """The answer of another document of the same shape, where nothing but the content key differs."""
-    (other,) = handmade.row_documents(handmade.pack([handmade.document(9)], SEQ_LEN))
-    faults = foreign_blob(folder, handmade, codec.encode_blob([other]))
+    row = handmade.pack([handmade.document(9)], SEQ_LEN)
+    blob = codec.encode_blob(handmade.row_documents(row), row, IdOrder.identity())
+    faults = foreign_blob(folder, handmade, blob)
     assert [fault.kind for fault in faults] == ["alignment of targets"]
     assert (faults[0].file, faults[0].row) == ("targets/tiny/valid/shard-00000.arrow", 0)
     assert "content key" in faults[0].message
