@@ -1,20 +1,22 @@
 """Hidden states to sparse teacher targets, on the device that holds the lm_head, in bounded chunks of positions.
 
 Legend: N positions, V ids of this rank's vocabulary shard, B blocks of W consecutive ids, K most head entries,
-J most tail draws (K + 1), E most entries together (K + 1), R ranks.
+J most tail draws (K + 1), R ranks, C columns of a packed row.
 
-A packed row is int32 [5 + E + K]: number of head entries, number of draws, then bit patterns of float32: realised
+A packed row is int32 [5 + J + K]: number of head entries, number of draws, then bit patterns of float32: realised
 logprob, log tail mass, entropy; then the ids (head by falling probability, draws ascending) and the head logprobs.
 
-With t the threshold: an id of probability >= t lies in a block of mass >= t, so the K heaviest blocks hold the whole
-head. Draws are found in two levels: the block by its cumulative mass, then the id inside it. Under tensor
-parallelism each rank works on its shard; scalars and packed entries are exchanged, never logits.
-The reference is `target.reduce_logprobs`.
+A chunk goes through four steps; between them ranks exchange scalars and packed entries, never logits:
+measure (log-sum-exp, expectation), split (head entries, tail mass of each block), draw (ids at the systematic
+points), pack. The CUDA form (reduce_triton) reads the logits once in `measure`, and after that only the blocks that
+hold a head entry or a draw; the CPU form (reduce_torch) does the same with torch's operations.
+The reference of both is `target.reduce_logprobs`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -22,8 +24,7 @@ import torch.distributed as dist
 
 from datastore.types import SparseTarget
 
-_SCALARS = 5
-_BLOCK = 128
+SCALARS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ def most_heads(threshold: float) -> int:
 
 def packed_width(threshold: float) -> int:
     """Columns of a packed row."""
-    return _SCALARS + 2 * most_heads(threshold) + 1
+    return SCALARS + 2 * most_heads(threshold) + 1
 
 
 def reduce_hidden(
@@ -65,30 +66,25 @@ def reduce_hidden(
     chunk: int,
     shard: VocabShard,
 ) -> torch.Tensor:
-    """Packed rows int32 [N, packed_width] of N positions, at most `chunk` of them as logits at any time.
+    """Packed rows int32 [N, C] of N positions, at most `chunk` of them as logits at any time.
 
     hidden_ND, head_VD: the final hidden states and this rank's lm_head rows, of one dtype. Logits are fp32: bf16
     ones tie the top id in about 5 % of positions (measured). realised_N: int64 ids of the next tokens.
-    uniforms_N: float64 in [0, 1), the systematic draw's offset of each position.
+    uniforms_N: float64 in [0, 1), the systematic draw's offset of each position. Never waits for the device.
     """
     num_rows = hidden_ND.shape[0]
     packed_NC = torch.empty(
         (num_rows, packed_width(threshold)), dtype=torch.int32, device=hidden_ND.device
     )
-    workspace = (min(chunk, num_rows), head_VD.shape[0])
-    logits_NV = torch.empty(workspace, dtype=torch.float32, device=hidden_ND.device)
-    probs_NV = torch.empty_like(logits_NV)
+    logits_NV = torch.empty(
+        (min(chunk, num_rows), head_VD.shape[0]), dtype=torch.float32, device=hidden_ND.device
+    )
     for start in range(0, num_rows, chunk):
         rows = slice(start, min(start + chunk, num_rows))
-        size = rows.stop - rows.start
-        _head_logits(hidden_ND[rows], head_VD, out_NV=logits_NV[:size])
+        chunk_NV = logits_NV[: rows.stop - rows.start]
+        _head_logits(hidden_ND[rows], head_VD, out_NV=chunk_NV)
         packed_NC[rows] = reduce_logits(
-            logits_NV[:size],
-            realised_N[rows],
-            uniforms_N[rows],
-            threshold=threshold,
-            shard=shard,
-            probs_NV=probs_NV[:size],
+            chunk_NV, realised_N[rows], uniforms_N[rows], threshold=threshold, shard=shard
         )
     return packed_NC
 
@@ -107,191 +103,85 @@ def reduce_logits(
     *,
     threshold: float,
     shard: VocabShard,
-    probs_NV: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Packed rows int32 [N, packed_width] of fp32 logits [N, V] of this rank's shard; the same on every rank.
+    """Packed rows int32 [N, C] of fp32 logits [N, V] of this rank's shard; the same on every rank."""
+    kernels = _kernels(logits_NV.device)
+    most = most_heads(threshold)
+    scalars_3N, blocks = kernels.measure(logits_NV, realised_N - shard.first_id)
+    lse_RN, expectation_RN, realised_z_RN = shard.gather(scalars_3N).unbind(1)
+    lse_N = lse_RN.logsumexp(0)
+    entropy_N = lse_N - (expectation_RN * (lse_RN - lse_N).exp()).sum(0)
 
-    logits_NV is used up. probs_NV: optional fp32 workspace [N, V].
-    """
-    probs_NV = torch.softmax(logits_NV, dim=-1, out=probs_NV)  # of the shard alone
-    blocks_NBW = probs_NV.view(len(probs_NV), -1, _block_width(logits_NV.shape[1]))
-    mass_NB = blocks_NBW.sum(-1)
-    total_N = mass_NB.double().sum(-1)  # 1 but for fp32 rounding of softmax's own sum (1e-6)
-    heavy_NK, candidates_NKW = _heavy_blocks(blocks_NBW, mass_NB, most_heads(threshold))
-    head_p_NK, head_id_NK = _best_candidates(heavy_NK, candidates_NKW, most_heads(threshold))
-    head_z_NK = logits_NV.gather(1, head_id_NK).double()
-    realised_z_N = _owned_logit(logits_NV, realised_N - shard.first_id)
-    expectation_N = logits_NV.mul_(probs_NV).sum(-1).double() / total_N
-    shard_lse_N = head_z_NK[:, 0] - (head_p_NK[:, 0].double() / total_N).log()
-
-    all_R3N = shard.gather(torch.stack([shard_lse_N, expectation_N, realised_z_N]))
-    lse_N = all_R3N[:, 0].logsumexp(0)
-    entropy_N = lse_N - (all_R3N[:, 1] * (all_R3N[:, 0] - lse_N).exp()).sum(0)
-    realised_N = all_R3N[:, 2].sum(0) - lse_N
-    share_N = (shard_lse_N - lse_N).exp() / total_N
-
-    head_mass_NK = head_p_NK.double() * share_N[:, None]
-    head_mass_NK = head_mass_NK.where(head_mass_NK >= threshold, 0.0)
-    _drop_head(probs_NV, mass_NB, heavy_NK, candidates_NKW, head_id_NK, threshold, share_N)
-    cumulative_NB = mass_NB.double().cumsum(-1)
-    tail_RN = shard.gather(cumulative_NB[:, -1] * share_N)
-    draws_NJ, num_draws_N = _systematic_draws(
-        blocks_NBW, cumulative_NB, tail_RN, uniforms_N, share_N, threshold, shard
-    )
-    ids_NK, logprobs_NK, num_head_N = _merge_heads(
-        head_mass_NK, head_z_NK - lse_N[:, None], head_id_NK + shard.first_id, shard
-    )
-    # The clamps only undo rounding past what a probability can be.
-    scalars = (
-        realised_N.clamp(max=0),
-        tail_RN.sum(0).log().clamp(max=0),
-        entropy_N.clamp(min=0),
-    )
-    return _pack(num_head_N, num_draws_N, scalars, ids_NK, draws_NJ, logprobs_NK)
-
-
-def _block_width(vocab: int) -> int:
-    """The largest power of two <= 128 that divides the shard: 201,088 = 1571 * 128, so 128 / TP."""
-    return min(_BLOCK, vocab & -vocab)
-
-
-def _heavy_blocks(
-    blocks_NBW: torch.Tensor, mass_NB: torch.Tensor, most: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    heavy_NK = mass_NB.topk(min(most, mass_NB.shape[1]), sorted=False).indices
-    width = blocks_NBW.shape[2]
-    return heavy_NK, blocks_NBW.gather(1, heavy_NK[:, :, None].expand(-1, -1, width))
-
-
-def _best_candidates(
-    heavy_NK: torch.Tensor, candidates_NKW: torch.Tensor, most: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `most` likeliest ids of the heavy blocks by falling probability, equal ones by rising id."""
-    width = candidates_NKW.shape[2]
-    flat = candidates_NKW.flatten(1)
-    p_NK, where_NK = flat.topk(min(most, flat.shape[1]), sorted=False)
-    id_NK = heavy_NK.gather(1, where_NK // width) * width + where_NK % width
-    return _ordered(p_NK, id_NK)[:2]
-
-
-def _ordered(
-    p_NK: torch.Tensor, id_NK: torch.Tensor, *others: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
-    by_id = id_NK.argsort(dim=-1)
-    order = by_id.gather(1, p_NK.gather(1, by_id).argsort(dim=-1, descending=True, stable=True))
-    return tuple(value.gather(1, order) for value in (p_NK, id_NK, *others))
-
-
-def _owned_logit(logits_NV: torch.Tensor, local_id_N: torch.Tensor) -> torch.Tensor:
-    last = logits_NV.shape[1] - 1
-    owned_N = (local_id_N >= 0) & (local_id_N <= last)
-    z_N = logits_NV.gather(1, local_id_N.clamp(0, last)[:, None])[:, 0].double()
-    return z_N.where(owned_N, 0.0)
-
-
-def _drop_head(
-    probs_NV: torch.Tensor,
-    mass_NB: torch.Tensor,
-    heavy_NK: torch.Tensor,
-    candidates_NKW: torch.Tensor,
-    head_id_NK: torch.Tensor,
-    threshold: float,
-    share_N: torch.Tensor,
-) -> None:
-    """Zero the head in the probabilities and recompute the mass of its blocks, in place (no cancellation)."""
-    is_head = candidates_NKW.double() * share_N[:, None, None] >= threshold
-    mass_NB.scatter_(1, heavy_NK, candidates_NKW.masked_fill(is_head, 0.0).sum(-1))
-    p_NK = probs_NV.gather(1, head_id_NK)
-    is_head_NK = p_NK.double() * share_N[:, None] >= threshold
-    probs_NV.scatter_(1, head_id_NK, p_NK.masked_fill(is_head_NK, 0.0))
-
-
-def _systematic_draws(
-    blocks_NBW: torch.Tensor,
-    cumulative_NB: torch.Tensor,
-    tail_RN: torch.Tensor,
-    uniforms_N: torch.Tensor,
-    share_N: torch.Tensor,
-    threshold: float,
-    shard: VocabShard,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids hit by the points (j + u) t over the tail's cumulative mass, [N, J], and how many points there are."""
-    steps_J = torch.arange(most_heads(threshold) + 1, device=uniforms_N.device)
-    points_NJ = (steps_J + uniforms_N[:, None]) * threshold
-    ends_RN = tail_RN.cumsum(0)
+    heads, tail_NB = kernels.split(logits_NV, blocks, lse_N, threshold, most)
+    ends_RN = shard.gather(tail_NB.sum(-1)).cumsum(0)
     end_N = ends_RN[shard.rank()]
-    start_N = end_N - tail_RN[shard.rank()] if shard.rank() == 0 else ends_RN[shard.rank() - 1]
+    start_N = ends_RN[shard.rank() - 1] if shard.rank() else torch.zeros_like(end_N)
+
+    steps_J = torch.arange(most + 1, device=uniforms_N.device)
+    points_NJ = (steps_J + uniforms_N[:, None]) * threshold
     mine_NJ = (points_NJ >= start_N[:, None]) & (points_NJ < end_N[:, None])
-    local_NJ = (points_NJ - start_N[:, None]) / share_N[:, None]
+    local_NJ = torch.where(mine_NJ, points_NJ - start_N[:, None], -1.0)
+    draws_NJ = kernels.draw(logits_NV, blocks, lse_N, threshold, tail_NB, local_NJ)
+    draws_NJ = shard.gather((draws_NJ + shard.first_id).where(mine_NJ, 0)).sum(0)
 
-    block_NJ, base_NJ = _locate(cumulative_NB, local_NJ)
-    width = blocks_NBW.shape[2]
-    inside_NJW = blocks_NBW.gather(1, block_NJ[:, :, None].expand(-1, -1, width))
-    inside_NJW = inside_NJW.double().cumsum(-1)
-    within_NJ, _ = _locate(inside_NJW, (local_NJ - base_NJ)[:, :, None])
-    ids_NJ = block_NJ * width + within_NJ[:, :, 0] + shard.first_id
-    ids_NJ = shard.gather(ids_NJ.where(mine_NJ, 0)).sum(0)
-    return ids_NJ, (points_NJ < ends_RN[-1][:, None]).sum(-1)
-
-
-def _locate(cumulative: torch.Tensor, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Index of the interval of `cumulative` [..., B] that holds each point [..., J], and where it starts.
-
-    A point that rounding puts at or past the end falls in the last interval that has mass.
-    """
-    last = (cumulative < cumulative[..., -1:]).sum(-1, keepdim=True)
-    index = torch.minimum(torch.searchsorted(cumulative, points, right=True), last)
-    before = cumulative.gather(-1, (index - 1).clamp(min=0))
-    return index, before.where(index > 0, 0.0)
-
-
-def _merge_heads(
-    mass_NK: torch.Tensor, logprob_NK: torch.Tensor, id_NK: torch.Tensor, shard: VocabShard
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The head over all ranks: ids, logprobs [N, K] by falling probability, and how many of them count."""
-    if shard.group is not None:
-        most = mass_NK.shape[1]
-        all_R3NK = shard.gather(torch.stack([mass_NK, logprob_NK, id_NK.double()]))
-        mass_NK, logprob_NK, id_NK = all_R3NK.permute(1, 2, 0, 3).flatten(2)
-        mass_NK, id_NK, logprob_NK = _ordered(mass_NK, id_NK, logprob_NK)
-        mass_NK, id_NK, logprob_NK = mass_NK[:, :most], id_NK[:, :most], logprob_NK[:, :most]
-    return id_NK.long(), logprob_NK, (mass_NK > 0).sum(-1)
-
-
-def _pack(
-    num_head_N: torch.Tensor,
-    num_draws_N: torch.Tensor,
-    scalars: tuple[torch.Tensor, ...],
-    head_ids_NK: torch.Tensor,
-    draws_NJ: torch.Tensor,
-    logprobs_NK: torch.Tensor,
-) -> torch.Tensor:
-    slots_E = torch.arange(draws_NJ.shape[1], device=draws_NJ.device)
-    draw_slot_NE = slots_E - num_head_N[:, None]
-    last_head = head_ids_NK.shape[1] - 1
-    ids_NE = torch.where(
-        draw_slot_NE < 0,
-        head_ids_NK.gather(1, slots_E.clamp(max=last_head).expand(len(draws_NJ), -1)),
-        draws_NJ.gather(1, draw_slot_NE.clamp(min=0)),
+    z_NK, ids_NK, num_head_N = _joined_heads(*heads, shard)
+    # The clamps only undo rounding past what a probability can be.
+    floats_N3 = torch.stack(
+        [
+            (realised_z_RN.sum(0) - lse_N).clamp(max=0),
+            ends_RN[-1].log().clamp(max=0),
+            entropy_N.clamp(min=0),
+        ],
+        dim=1,
     )
-    counts_N2 = torch.stack([num_head_N, num_draws_N], dim=1).int()
-    floats_N3 = torch.stack(scalars, dim=1).float().view(torch.int32)
-    logprob_bits = logprobs_NK.clamp(max=0).float().contiguous().view(torch.int32)
-    return torch.cat([counts_N2, floats_N3, ids_NE.int(), logprob_bits], dim=1)
+    counts_N2 = torch.stack([num_head_N, (points_NJ < ends_RN[-1][:, None]).sum(-1)], dim=1)
+    return kernels.pack(counts_N2.int(), floats_N3.float(), lse_N, z_NK, ids_NK, draws_NJ)
+
+
+def _kernels(device: torch.device) -> ModuleType:
+    if device.type == "cuda":
+        from datastore import reduce_triton
+
+        return reduce_triton
+    from datastore import reduce_torch
+
+    return reduce_torch
+
+
+def _joined_heads(
+    z_NK: torch.Tensor, local_id_NK: torch.Tensor, num_N: torch.Tensor, shard: VocabShard
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The head entries of all ranks: fp32 logits and ids [N, K], in any order, the first num_N of each row in use.
+
+    Together they are at most K, as each has a probability of at least the threshold.
+    """
+    ids_NK = local_id_NK + shard.first_id
+    if shard.group is None:
+        return z_NK, ids_NK, num_N
+    most = z_NK.shape[1]
+    bits_N2K = torch.stack([z_NK.view(torch.int32), ids_NK], dim=1)
+    own_N1K = num_N[:, None, None].expand(-1, 1, most).int()
+    all_RN3K = shard.gather(torch.cat([bits_N2K, own_N1K], dim=1))
+    z_RNK = all_RN3K[:, :, 0].contiguous().view(torch.float32)
+    unused_RNK = torch.arange(most, device=num_N.device) >= all_RN3K[:, :, 2]
+    every_z = z_RNK.masked_fill(unused_RNK, -torch.inf).permute(1, 0, 2).flatten(1)
+    every_id = all_RN3K[:, :, 1].permute(1, 0, 2).flatten(1)
+    z_NK, where_NK = every_z.topk(most, dim=1)
+    return z_NK, every_id.gather(1, where_NK), all_RN3K[:, :, 2, 0].sum(0)
 
 
 def unpack(packed_PC: np.ndarray, positions_P: np.ndarray, threshold: float) -> SparseTarget:
-    """The sparse target that packed rows int32 [P, packed_width] hold, at `positions_P`."""
+    """The sparse target that packed rows int32 [P, C] hold, at `positions_P`."""
     most = most_heads(threshold)
     num_head_P, num_draws_P = packed_PC[:, 0], packed_PC[:, 1]
-    floats_P3 = np.ascontiguousarray(packed_PC[:, 2:_SCALARS]).view(np.float32)
-    slots_E = np.arange(most + 1)
-    is_head_PE = slots_E < num_head_P[:, None]
-    used_PE = slots_E < (num_head_P + num_draws_P)[:, None]
-    weights_PE = np.full(is_head_PE.shape, threshold, dtype=np.float32)
-    logprobs_PK = np.ascontiguousarray(packed_PC[:, _SCALARS + most + 1 :]).view(np.float32)
-    heads_PK = is_head_PE[:, :most]
-    weights_PE[:, :most][heads_PK] = np.exp(logprobs_PK[heads_PK].astype(np.float64))
+    floats_P3 = np.ascontiguousarray(packed_PC[:, 2:SCALARS]).view(np.float32)
+    slots_J = np.arange(most + 1)
+    is_head_PJ = slots_J < num_head_P[:, None]
+    used_PJ = slots_J < (num_head_P + num_draws_P)[:, None]
+    weights_PJ = np.full(is_head_PJ.shape, threshold, dtype=np.float32)
+    logprobs_PK = np.ascontiguousarray(packed_PC[:, SCALARS + most + 1 :]).view(np.float32)
+    heads_PK = is_head_PJ[:, :most]
+    weights_PJ[:, :most][heads_PK] = np.exp(logprobs_PK[heads_PK].astype(np.float64))
     offsets_P1 = np.zeros(len(packed_PC) + 1, dtype=np.int64)
     np.cumsum(num_head_P + num_draws_P, out=offsets_P1[1:])
     return SparseTarget(
@@ -299,8 +189,8 @@ def unpack(packed_PC: np.ndarray, positions_P: np.ndarray, threshold: float) -> 
         positions_P=positions_P.astype(np.int32),
         num_head_P=num_head_P.astype(np.int32),
         offsets_P1=offsets_P1,
-        ids_E=packed_PC[:, _SCALARS : _SCALARS + most + 1][used_PE].astype(np.int32),
-        weights_E=weights_PE[used_PE],
+        ids_E=packed_PC[:, SCALARS : SCALARS + most + 1][used_PJ].astype(np.int32),
+        weights_E=weights_PJ[used_PJ],
         realised_logprob_P=floats_P3[:, 0].copy(),
         log_tail_mass_P=floats_P3[:, 1].copy(),
         entropy_P=floats_P3[:, 2].copy(),

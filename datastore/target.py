@@ -38,14 +38,16 @@ def content_key(tokens_T: np.ndarray) -> int:
     return xxhash.xxh3_64_intdigest(np.asarray(tokens_T, dtype="<i4").tobytes())
 
 
-def position_uniforms(content_key: int, positions_P: np.ndarray) -> np.ndarray:
+def position_uniforms(content_key: int | np.ndarray, positions_P: np.ndarray) -> np.ndarray:
     """The uniform number u of each position, float64 [P] in [0, 1), multiples of 2^-24 (exact in float32).
+
+    content_key: of one document, or uint64 [P] for positions of several.
 
     Position p takes output number p of the SplitMix64 stream seeded with `content_key` (Steele, Lea & Flood
     2014), its top 24 bits: the same document repeats its draws on any machine.
     """
     steps_P = np.asarray(positions_P).astype(np.uint64) + np.uint64(1)
-    x_P = np.asarray(np.uint64(content_key) + _GAMMA * steps_P)
+    x_P = np.asarray(content_key, dtype=np.uint64) + _GAMMA * steps_P
     x_P = (x_P ^ (x_P >> np.uint64(30))) * _MIX_1
     x_P = (x_P ^ (x_P >> np.uint64(27))) * _MIX_2
     x_P = x_P ^ (x_P >> np.uint64(31))

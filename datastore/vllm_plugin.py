@@ -5,13 +5,18 @@ VPMOE_SCORER=1, which VllmScorer sets. The architecture keeps its name, since vL
 (MODELS_CONFIG_MAP in vllm/model_executor/models/config.py). No part of vLLM is patched.
 
 A request's PoolingParams.extra_kwargs holds: `key` (content key), `first` and `count` (the positions to reduce),
-`shift` (position in the document minus position in the prompt). Nothing is computed at other positions.
+`shift` (position in the document minus position in the prompt). No logits are computed at other positions.
+
+Prefix caching is on: the constant opening of a document is computed once. A scored position that was read from the
+cache has no hidden state, so a request whose cached prefix reaches into its scored positions comes back short, and
+VllmScorer sends it again without the cache.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Set
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -78,68 +83,111 @@ class TargetPooler(Pooler):
         self, hidden_states: torch.Tensor, pooling_metadata: PoolingMetadata
     ) -> list[torch.Tensor | None]:
         cursor = pooling_metadata.get_pooling_cursor()
-        lengths = cursor.num_scheduled_tokens_cpu.tolist()
-        ends = cursor.seq_lens_cpu.tolist()
+        steps = _steps(
+            cursor.num_scheduled_tokens_cpu.tolist(), cursor.seq_lens_cpu.tolist(), pooling_metadata
+        )
+        packed = self._reduce(hidden_states, steps, pooling_metadata).split(
+            [step.last - step.first for step in steps]
+        )
         prompts = cursor.prompt_lens_cpu.tolist()
-        spans, realised, uniforms, offset = [], [], [], 0
-        for i, (length, end) in enumerate(zip(lengths, ends, strict=True)):
-            params = pooling_metadata.pooling_params[i].extra_kwargs or _PROFILING
-            first = max(end - length, params["first"])
-            last = max(first, min(end, params["first"] + params["count"]))
-            start_row = offset - (end - length)
-            spans.append((first + start_row, last + start_row))
-            realised.append(_next_tokens(pooling_metadata, i, first, last))
-            positions = np.arange(first, last) + params["shift"]
-            uniforms.append(position_uniforms(params["key"], positions))
-            offset += length
-        packed = self._reduce(hidden_states, spans, realised, uniforms)
-        sizes = [stop - start for start, stop in spans]
         return [
             _collect(
                 pooling_metadata.pooling_states[i].hidden_states_cache,
                 rows,
-                restarted=end == length,
-                finished=end == prompt,
+                is_first=step.is_first,
+                is_finished=step.end == prompts[i],
             )
-            for i, (rows, length, end, prompt) in enumerate(
-                zip(packed.split(sizes), lengths, ends, prompts, strict=True)
-            )
+            for i, (rows, step) in enumerate(zip(packed, steps, strict=True))
         ]
 
     def _reduce(
-        self,
-        hidden_states: torch.Tensor,
-        spans: list[tuple[int, int]],
-        realised: list[torch.Tensor],
-        uniforms: list[np.ndarray],
+        self, hidden_states: torch.Tensor, steps: list[_Step], metadata: PoolingMetadata
     ) -> torch.Tensor:
+        """Packed rows of all requests of the step, in host memory: one copy there and one back."""
+        realised_N = torch.cat([_next_tokens(metadata, i, step) for i, step in enumerate(steps)])
+        keys_N = np.repeat(
+            np.array([step.key for step in steps], np.uint64),
+            [step.last - step.first for step in steps],
+        )
+        positions_N = np.concatenate(
+            [np.arange(step.first, step.last) + step.shift for step in steps]
+        )
+        uniforms_N = torch.from_numpy(position_uniforms(keys_N, positions_N))
         device = hidden_states.device
-        return reduce_hidden(
-            torch.cat([hidden_states[start:stop] for start, stop in spans]),
+        packed_NC = reduce_hidden(
+            torch.cat(
+                [hidden_states[step.row : step.row + step.last - step.first] for step in steps]
+            ),
             self._lm_head[0].weight,
-            torch.cat(realised).to(device),
-            torch.from_numpy(np.concatenate(uniforms)).to(device),
+            _sent(realised_N, device),
+            _sent(uniforms_N, device),
             threshold=self._settings["threshold"],
             chunk=self._settings["chunk"],
             shard=self._shard,
         )
+        return packed_NC.cpu()
 
 
-def _next_tokens(metadata: PoolingMetadata, request: int, first: int, last: int) -> torch.Tensor:
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What of a request this step computes. first, last: positions of the prompt to reduce; end: computed so far.
+
+    row: row of `first` in the step's hidden states. is_first: no scored position was computed in an earlier step.
+    """
+
+    key: int
+    first: int
+    last: int
+    shift: int
+    end: int
+    row: int
+    is_first: bool
+
+
+def _steps(lengths: list[int], ends: list[int], metadata: PoolingMetadata) -> list[_Step]:
+    steps, offset = [], 0
+    for i, (length, end) in enumerate(zip(lengths, ends, strict=True)):
+        params = metadata.pooling_params[i].extra_kwargs or _PROFILING
+        start = end - length
+        first = max(start, params["first"])
+        last = max(first, min(end, params["first"] + params["count"]))
+        steps.append(
+            _Step(
+                key=params["key"],
+                first=first,
+                last=last,
+                shift=params["shift"],
+                end=end,
+                row=offset + min(first, end) - start,
+                is_first=start <= params["first"],
+            )
+        )
+        offset += length
+    return steps
+
+
+def _sent(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on `device`; from pageable memory it would wait for all that was launched before."""
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+def _next_tokens(metadata: PoolingMetadata, request: int, step: _Step) -> torch.Tensor:
     ids_T = metadata.prompt_token_ids_cpu[request]
     # Only profiling asks for the position after the last token; its ids are dummies.
-    wanted = torch.arange(first + 1, last + 1).clamp(max=len(ids_T) - 1)
+    wanted = torch.arange(step.first + 1, step.last + 1).clamp(max=len(ids_T) - 1)
     return ids_T[wanted].long()
 
 
 def _collect(
-    kept: list[torch.Tensor], rows: torch.Tensor, *, restarted: bool, finished: bool
+    kept: list[torch.Tensor], rows: torch.Tensor, *, is_first: bool, is_finished: bool
 ) -> torch.Tensor | None:
     """Append rows to those of earlier steps; all of them once the prompt is finished, else None."""
-    if restarted:  # a first step, or prefilled anew after preemption: what was kept is stale
+    if is_first:  # also when prefilled anew after preemption: what was kept is stale
         kept.clear()
     kept.append(rows)
-    if not finished:
+    if not is_finished:
         return None
     whole = torch.cat(kept)
     kept.clear()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ class VllmScorer:
 
     def __init__(self, teacher: TeacherConfig, model: Path) -> None:
         self._teacher = teacher
+        self._added: dict[str, tuple[ScoreRequest, bool]] = {}
         _set_environment(teacher)
         try:
             from vllm import LLM
@@ -59,34 +62,30 @@ class VllmScorer:
         Longest documents run first. Raises EngineError when the engine fails or returns something else than one row
         of numbers for each position.
         """
+        self._llm.reset_prefix_cache()  # what a call computes depends on its requests alone
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_T))
         order = [i for i in order if len(requests[i].positions_P)]
         rows = dict(zip(order, self._encode([requests[i] for i in order]), strict=True))
-        empty = np.empty((0, packed_width(self._teacher.threshold)), np.int32)
-        return [rows.get(i, empty) for i in range(len(requests))]
+        short = [i for i in order if len(rows[i]) != _worker_arguments(requests[i])["count"]]
+        again = self._encode([requests[i] for i in short], read_cache=False)
+        rows |= zip(short, again, strict=True)
+        empty_PC = np.empty((0, packed_width(self._teacher.threshold)), np.int32)
+        return [
+            self._checked(rows[i], request) if i in rows else empty_PC
+            for i, request in enumerate(requests)
+        ]
 
-    def _encode(self, requests: list[ScoreRequest]) -> list[np.ndarray]:
+    def _encode(self, requests: list[ScoreRequest], *, read_cache: bool = True) -> list[np.ndarray]:
+        """What the workers return. A cached prefix that reaches into the scored positions makes it short."""
         if not requests:
             return []
-        from vllm import PoolingParams
-
         prompts = [{"prompt_token_ids": request.prompt_T.tolist()} for request in requests]
-        params = [
-            PoolingParams(task="token_classify", extra_kwargs=_worker_arguments(request))
-            for request in requests
-        ]
-        try:
+        params = [_pooling_params(request, read_cache=read_cache) for request in requests]
+        with self._engine_errors():
             outputs = self._llm.encode(
                 prompts, pooling_params=params, pooling_task="token_classify", use_tqdm=False
             )
-        except Exception as error:
-            raise EngineError(
-                f"the engine of {self._teacher.name} failed while scoring: {error}", remedy=_AGAIN
-            ) from error
-        return [
-            self._checked(output.outputs.data.numpy(), request)
-            for output, request in zip(outputs, requests, strict=True)
-        ]
+        return [output.outputs.data.numpy() for output in outputs]
 
     def _checked(self, packed_NC: np.ndarray, request: ScoreRequest) -> np.ndarray:
         """The rows of the scored positions among those of the range that the worker reduced."""
@@ -105,6 +104,59 @@ class VllmScorer:
                 remedy="another attention_backend or moe_backend in the teacher's config",
             )
         return packed_PC
+
+    # Streaming, for a caller that drives the engine itself (datastore/serve_engine.py): documents come and go at any
+    # step. Not to be mixed with `score` while documents are in the engine.
+
+    def add(self, request_id: str, request: ScoreRequest) -> None:
+        """Give the engine one document with at least one position. Raises EngineError when the engine fails."""
+        self._add(request_id, request, read_cache=True)
+
+    def _add(self, request_id: str, request: ScoreRequest, *, read_cache: bool) -> None:
+        from vllm.inputs.engine import tokens_input
+
+        self._added[request_id] = (request, read_cache)
+        with self._engine_errors():
+            self._llm.llm_engine.add_request(
+                request_id,
+                tokens_input(request.prompt_T.tolist()),
+                _pooling_params(request, read_cache=read_cache),
+            )
+
+    def step(self) -> list[tuple[str, np.ndarray | EngineError]]:
+        """Run one batch: the documents that it finished, as packed rows or as the fault of that document alone.
+
+        Raises EngineError when the engine fails.
+        """
+        with self._engine_errors():
+            outputs = self._llm.llm_engine.step()
+        finished: list[tuple[str, np.ndarray | EngineError]] = []
+        for output in outputs:
+            request, read_cache = self._added.pop(output.request_id)
+            packed_NC = output.outputs.data.numpy()
+            if read_cache and len(packed_NC) != _worker_arguments(request)["count"]:
+                self._add(output.request_id, request, read_cache=False)
+                continue
+            try:
+                finished.append((output.request_id, self._checked(packed_NC, request)))
+            except EngineError as error:
+                finished.append((output.request_id, error))
+        return finished
+
+    def abort(self, request_id: str) -> None:
+        """Forget a document that was added; one that has finished is no error."""
+        if self._added.pop(request_id, None):
+            with self._engine_errors():
+                self._llm.llm_engine.abort_request([request_id])
+
+    @contextlib.contextmanager
+    def _engine_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            raise EngineError(
+                f"the engine of {self._teacher.name} failed while scoring: {error}", remedy=_AGAIN
+            ) from error
 
     def identity(self) -> dict[str, Any]:
         """What ran: versions, device and the backends asked for."""
@@ -137,6 +189,16 @@ def _worker_arguments(request: ScoreRequest) -> dict[str, int]:
     }
 
 
+def _pooling_params(request: ScoreRequest, *, read_cache: bool) -> Any:
+    from vllm import PoolingParams
+
+    return PoolingParams(
+        task="token_classify",
+        extra_kwargs=_worker_arguments(request),
+        skip_reading_prefix_cache=not read_cache,
+    )
+
+
 def _set_environment(teacher: TeacherConfig) -> None:
     """vLLM reads these when it is imported and in its worker processes."""
     os.environ.update(
@@ -165,7 +227,7 @@ def _engine_arguments(teacher: TeacherConfig, model: Path) -> dict[str, Any]:
         "model": str(model),
         "runner": "pooling",
         "skip_tokenizer_init": True,
-        "enable_prefix_caching": False,
+        "enable_prefix_caching": True,
         "enable_chunked_prefill": True,
         "dtype": teacher.dtype,
         "seed": 0,
