@@ -10,7 +10,7 @@ import numpy as np
 
 from common.errors import ConfigError
 
-ORDER_VERSION = 1
+ORDER_VERSION = 2
 ROUNDS = 8
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -33,6 +33,11 @@ def feistel_permutation(indices: np.ndarray, n: int, *, seed: int, epoch: int) -
     while (outside := np.flatnonzero(values >= n)).size:
         values[outside] = _encrypt(values[outside], bits, keys)
     return values.astype(np.int64).reshape(np.shape(indices))
+
+
+def plain_seed(seed: int) -> int:
+    """The seed of the order of rows without targets, where scored and plain rows are mixed (docs/order.md)."""
+    return _mix(seed + 2 * _GOLDEN)
 
 
 def _encrypt(values: np.ndarray, bits: int, keys: list[int]) -> np.ndarray:

@@ -5,20 +5,24 @@ Ranks, micro-batches and workers cut a global batch that is already fixed; they 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from common.errors import ConfigError, ResumeError
-from datastore.order import ORDER_VERSION, feistel_permutation
+from datastore.order import ORDER_VERSION, feistel_permutation, plain_seed
+from datastore.row_set import RowSet
 
 
 class RowStream:
-    """Global batches of row indices, without end: position p is row `feistel(seed, p // n, p % n)` of n rows.
+    """Global batches of row indices, without end. Global batch b is the positions [b * B, (b + 1) * B).
 
-    Global batch b is the positions [b * B, (b + 1) * B); it may cross the border of an epoch. `consumed` counts
-    positions. Every row comes once an epoch.
+    A share `kd_share` of the positions uses targets. Where every row is scored, or no position uses targets, there is
+    one order: position p is row `feistel(seed, p // n, p % n)` of n rows. Where only some rows are, the k-th position
+    that uses targets takes its row from the order of the scored rows, and the k-th of the others from the order of
+    the plain rows (docs/order.md). `consumed` counts positions.
     """
 
     def __init__(
@@ -28,20 +32,28 @@ class RowStream:
         fingerprint: str,
         seed: int,
         global_batch_size: int,
-        consumed: int = 0,
+        kd_share: float = 0.0,
+        scored: RowSet | None = None,
     ) -> None:
+        """scored: the rows with targets, of the same `num_rows`; not looked at when kd_share is 0."""
         if num_rows < 1:
             raise ConfigError("a stream over no rows", remedy="use a split that has rows")
         if global_batch_size < 1:
             raise ConfigError("global_batch_size", got=global_batch_size, expected="at least 1")
-        if consumed < 0 or consumed % global_batch_size:
-            raise ResumeError(
-                "the stream stopped inside a global batch",
-                got=f"consumed={consumed}",
-                expected=f"a multiple of global_batch_size={global_batch_size}",
+        if not 0 <= kd_share <= 1:
+            raise ConfigError("kd_share", got=kd_share, expected="0 to 1")
+        if kd_share and not (scored and scored.size):
+            raise ConfigError(
+                f"kd_share={kd_share} of the rows are to use targets",
+                got="no row with targets in this split",
+                remedy="score some with `vpmoe-data score`, or set kd_share=0",
             )
         self.num_rows, self.fingerprint, self.seed = num_rows, fingerprint, seed
-        self.global_batch_size, self.consumed = global_batch_size, consumed
+        self.global_batch_size, self.kd_share, self.consumed = global_batch_size, kd_share, 0
+        self.scored = scored if kd_share else None
+        self._pools: tuple[RowSet, RowSet] | None = None
+        if self.scored is not None and self.scored.size < num_rows:
+            self._pools = self.scored, self.scored.complement()
 
     def next_batch(self) -> np.ndarray:
         """The row indices of the next global batch, int64 [B], and step forward."""
@@ -51,16 +63,21 @@ class RowStream:
 
     def peek(self, batch: int) -> np.ndarray:
         """The row indices of global batch `batch` (counted from the start of the run), int64 [B]; no step."""
-        first = batch * self.global_batch_size
-        positions_B = np.arange(first, first + self.global_batch_size, dtype=np.int64)
-        epochs_B, indices_B = np.divmod(positions_B, self.num_rows)
-        rows_B = np.empty_like(indices_B)
-        for epoch in range(int(epochs_B[0]), int(epochs_B[-1]) + 1):
-            within = epochs_B == epoch
-            rows_B[within] = feistel_permutation(
-                indices_B[within], self.num_rows, seed=self.seed, epoch=epoch
-            )
+        positions_B = self._positions(batch)
+        if self._pools is None:
+            return _in_order(positions_B, self.num_rows, self.seed)
+        uses_B = uses_targets(positions_B, self.kd_share)
+        earlier_B = _earlier(positions_B, self.kd_share)
+        scored, plain = self._pools
+        rows_B = np.empty_like(positions_B)
+        rows_B[uses_B] = scored.select(_in_order(earlier_B[uses_B], scored.size, self.seed))
+        others = (positions_B - earlier_B)[~uses_B]
+        rows_B[~uses_B] = plain.select(_in_order(others, plain.size, plain_seed(self.seed)))
         return rows_B
+
+    def uses_targets(self, batch: int) -> np.ndarray:
+        """Which positions of global batch `batch` train on their targets: bool [B]."""
+        return uses_targets(self._positions(batch), self.kd_share)
 
     def state(self) -> dict[str, Any]:
         """All that a resume needs, plain JSON values (under 1 KB)."""
@@ -70,46 +87,65 @@ class RowStream:
             "seed": self.seed,
             "consumed": self.consumed,
             "global_batch_size": self.global_batch_size,
+            "kd_share": self.kd_share,
+            "scored_rows": self.scored.size if self.scored else 0,
+            "scored_sha256": self.scored.sha256 if self.scored else None,
         }
 
-    @classmethod
-    def restore(
-        cls,
-        state: Mapping[str, Any],
-        *,
-        num_rows: int,
-        fingerprint: str,
-        seed: int,
-        global_batch_size: int,
-    ) -> RowStream:
-        """The stream of `state`, for the run described by the other arguments.
+    def resumed(self, state: Mapping[str, Any]) -> RowStream:
+        """This stream at the place of `state`, which must be of the very same stream.
 
-        Raises ResumeError listing every key in which they differ: another dataset, seed or batch size is another
-        order, so none is taken over silently.
+        Raises ResumeError listing every key in which they differ: another dataset, seed, batch size, share or set of
+        scored rows is another order, so none is taken over silently.
         """
-        stream = cls(
-            num_rows, fingerprint=fingerprint, seed=seed, global_batch_size=global_batch_size
-        )
-        wanted = stream.state() | {"consumed": state.get("consumed")}
+        consumed = state.get("consumed")
+        wanted = self.state() | {"consumed": consumed}
         differences = [
             f"{key}: checkpoint {state.get(key, '(absent)')!r}, this run {wanted.get(key, '(unknown key)')!r}"
             for key in sorted(wanted.keys() | state.keys())
             if key not in state or key not in wanted or not _same(state[key], wanted[key])
         ]
-        if not isinstance(wanted["consumed"], int) or isinstance(wanted["consumed"], bool):
-            differences.append(f"consumed: checkpoint {wanted['consumed']!r}, expected an integer")
+        if not isinstance(consumed, int) or isinstance(consumed, bool):
+            differences.append(f"consumed: checkpoint {consumed!r}, expected an integer")
+        elif consumed < 0 or consumed % self.global_batch_size:
+            differences.append(
+                f"consumed: checkpoint {consumed}, expected a multiple of {self.global_batch_size}"
+            )
         if differences:
             raise ResumeError(
                 "the checkpoint's data stream is not that of this run: " + "; ".join(differences),
-                remedy="resume with the config and dataset of the checkpoint, or start a new run",
+                remedy="resume with the config, dataset and targets of the checkpoint, or start a new run",
             )
-        return cls(
-            num_rows,
-            fingerprint=fingerprint,
-            seed=seed,
-            global_batch_size=global_batch_size,
-            consumed=state["consumed"],
-        )
+        stream = copy.copy(self)
+        stream.consumed = state["consumed"]
+        return stream
+
+    def _positions(self, batch: int) -> np.ndarray:
+        first = batch * self.global_batch_size
+        return np.arange(first, first + self.global_batch_size, dtype=np.int64)
+
+
+def uses_targets(positions_P: np.ndarray, share: float) -> np.ndarray:
+    """Which positions of the stream train on their targets: bool [P], `share` of any run of positions, within one row.
+
+    A pure function of the position, as the order is: (p + 1) * share and p * share lie in other whole numbers.
+    """
+    return _earlier(positions_P + 1, share) > _earlier(positions_P, share)
+
+
+def _earlier(positions_P: np.ndarray, share: float) -> np.ndarray:
+    """How many positions before each use targets: floor(p * share) in IEEE double, int64 [P]."""
+    return np.floor(positions_P * share).astype(np.int64)
+
+
+def _in_order(ranks_K: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """Members number `ranks_K` of the endless order over n things, epoch after epoch: int64 [K]."""
+    epochs_K, within_K = np.divmod(ranks_K, n)
+    members_K = np.empty_like(within_K)
+    for epoch in np.unique(epochs_K).tolist():
+        here_K = epochs_K == epoch
+        members_K[here_K] = feistel_permutation(within_K[here_K], n, seed=seed, epoch=epoch)
+    return members_K
 
 
 def rank_micro_batches(

@@ -18,6 +18,8 @@ from common.tokenizer import FIRST_CONTROL_ID, PAD, VOCAB_SIZE
 from datastore.target import row_target
 from datastore.types import DocTarget, PackedRow, SparseTarget
 
+# One a document of a row, None where it was not scored.
+RowTargets = Sequence[DocTarget | None]
 CLASSES = ("reasoning", "final", "control")
 NO_DOCUMENT = -1
 NO_TOP = -1
@@ -33,8 +35,8 @@ class Batch:
     is_control_BT: bool, the label is a target and a control id (>= 199998).
     target_index_N: int64, ascending flat indices (b * T + t) of the target positions: known on the host, so
         that selecting them never waits for a device.
-    has_target_BT: bool, target positions of scored rows. target_ids_BTK: int32, target_weights_BTK: float32, its
-        sparse target; unused entries have weight 0 and id 0. K is the longest of this batch, 0 without scored rows.
+    has_target_BT: bool, target positions of scored documents. target_ids_BTK: int32, target_weights_BTK: float32, its
+        sparse target; unused entries have weight 0 and id 0. K is the longest of this batch, 0 without targets.
     teacher_logprob_BT: float32, the teacher's logprob of the label; 0 where not scored.
     teacher_top_BT: int64, the teacher's most probable id; -1 where not scored or where no id reached the threshold.
     entropy_sums_C: float64, the teacher's exact entropy in nats summed over the scored targets of each class.
@@ -66,11 +68,11 @@ class Batch:
 
 
 def make_batch(
-    rows: Sequence[PackedRow], documents: Sequence[list[DocTarget] | None] | None = None
+    rows: Sequence[PackedRow], documents: Sequence[RowTargets | None] | None = None
 ) -> Batch:
-    """The batch of `rows` (at least one, all of one length) with their targets, None where a row is not scored.
+    """The batch of `rows` (at least one, all of one length) with their targets, None where a row uses none.
 
-    `documents` holds per row what `TargetStore.documents` returns; left out, no row is scored.
+    `documents` holds per row what `TargetStore.documents` returns; left out, no row uses targets.
     Raises AlignmentError when targets belong to other tokens, miss a target position or hold an impossible entry.
     """
     documents = [None] * len(rows) if documents is None else documents
@@ -91,7 +93,7 @@ def make_batch(
         is_control_BT=torch.from_numpy(is_target_BT & (labels_BT >= FIRST_CONTROL_ID)),
         target_index_N=torch.from_numpy(np.flatnonzero(is_target_BT)),
         entropy_sums_C=torch.from_numpy(_entropy_sums(documents)),
-        **_dense_targets(targets, is_target_BT),
+        **_dense_targets(targets, tokens_BT.shape[1]),
     )
 
 
@@ -109,17 +111,18 @@ def _shift_within(values_BT: np.ndarray, doc_ids_BT: np.ndarray, fill: int) -> n
     return shifted_BT
 
 
-def _entropy_sums(documents: Sequence[list[DocTarget] | None]) -> np.ndarray:
-    sums = [document.entropy_sums for of_row in documents if of_row for document in of_row]
+def _entropy_sums(documents: Sequence[RowTargets | None]) -> np.ndarray:
+    scored = [document for of_row in documents if of_row for document in of_row if document]
+    sums = [document.entropy_sums for document in scored]
     per_document = [[getattr(each, name) for name in CLASSES] for each in sums]
     return np.array(per_document, dtype=np.float64).reshape(-1, len(CLASSES)).sum(axis=0)
 
 
 def _dense_targets(
-    targets: Sequence[SparseTarget | None], is_target_BT: np.ndarray
+    targets: Sequence[SparseTarget | None], num_positions: int
 ) -> dict[str, torch.Tensor]:
     """CSR of every row into padded arrays over all positions of the batch."""
-    num_rows, num_positions = is_target_BT.shape
+    num_rows = len(targets)
     scored = [(b, target) for b, target in enumerate(targets) if target is not None]
     width = max((int(_num_entries(target).max(initial=0)) for _, target in scored), default=0)
     ids_BTK = np.zeros((num_rows, num_positions, width), dtype=np.int32)
@@ -128,7 +131,7 @@ def _dense_targets(
     top_BT = np.full((num_rows, num_positions), NO_TOP, dtype=np.int64)
     has_target_BT = np.zeros((num_rows, num_positions), dtype=bool)
     for b, target in scored:
-        _require_complete(target, is_target_BT[b])
+        _require_possible(target)
         num_entries_P = _num_entries(target)
         starts_P = target.offsets_P1[:-1]
         rows_E = np.repeat(target.positions_P, num_entries_P)
@@ -152,19 +155,13 @@ def _num_entries(target: SparseTarget) -> np.ndarray:
     return np.diff(target.offsets_P1)
 
 
-def _require_complete(target: SparseTarget, is_target_T: np.ndarray) -> None:
-    expected_P = np.flatnonzero(is_target_T)
-    if not np.array_equal(target.positions_P, expected_P):
-        raise AlignmentError(
-            "the scored positions of a row are not its target positions",
-            got=f"{len(target.positions_P)} positions",
-            expected=f"{len(expected_P)}, those whose next token is a target",
-            remedy="score this dataset again",
-        )
-    if len(expected_P) and not np.all(_num_entries(target) > 0):
+def _require_possible(target: SparseTarget) -> None:
+    """AlignmentError for entries that no loss can use; that they stand at the right positions `row_target` checked."""
+    if not np.all(_num_entries(target) > 0):
         empty = int(target.positions_P[np.argmin(_num_entries(target))])
         raise AlignmentError(
-            f"position {empty} of a scored row has no entry", remedy="score this dataset again"
+            f"position {empty} of a scored document has no entry",
+            remedy="score this dataset again",
         )
     if not np.all((target.ids_E >= 0) & (target.ids_E < VOCAB_SIZE)):
         raise AlignmentError(

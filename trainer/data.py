@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 
-from common.errors import ConfigError
-from datastore.alignment import alignment_report, require_aligned, require_same_source
+from common.errors import ConfigError, FormatError
+from datastore.alignment import (
+    MIN_POSITIONS,
+    alignment_report,
+    require_aligned,
+    require_same_source,
+)
 from datastore.budget import require_budget
 from datastore.reader import Dataset, TargetStore
 from datastore.stream import RowStream, rank_micro_batches
 from datastore.target import row_target
-from datastore.types import Split
+from datastore.types import SPLITS, DocTarget, PackedRow, SparseTarget, Split
 from trainer.batch import Batch, make_batch
 from trainer.config import KDConfig
 
@@ -24,10 +28,14 @@ GATE_ROWS = 8
 
 
 class RunData:
-    """The dataset of a run with its targets, checked against each other and the config when opened."""
+    """The dataset of a run with its targets, checked against each other and the config when opened.
 
-    def __init__(self, dataset: Dataset, targets: TargetStore | None, kd_share: float) -> None:
-        self.dataset, self.targets, self.kd_share = dataset, targets, kd_share
+    scored: the rows with targets by split. A train row uses them where the stream says so, a valid row always.
+    """
+
+    def __init__(self, dataset: Dataset, targets: TargetStore | None) -> None:
+        self.dataset, self.targets = dataset, targets
+        self.scored = {} if targets is None else {s: targets.scored_rows(s) for s in SPLITS}
 
     @classmethod
     def open(cls, config: KDConfig) -> RunData:
@@ -39,7 +47,7 @@ class RunData:
                 got=config.student.vocab_size,
                 expected=f"{dataset.manifest.tokenizer.vocab_size}, the dataset's",
             )
-        for split in ("train", "valid"):
+        for split in SPLITS:
             if not dataset.num_rows(split):
                 raise ConfigError(
                     f"{config.dataset} has no {split} rows", remedy="build it with more documents"
@@ -47,9 +55,13 @@ class RunData:
         targets = None if config.teacher is None else TargetStore.open(dataset, config.teacher)
         if targets is not None:
             require_same_source(targets.manifest, dataset.manifest)
-            require_budget(targets.manifest.budget, config.budget)
-            _require_aligned(dataset, targets)
-        return cls(dataset, targets, config.kd_share)
+            manifest = targets.manifest
+            require_budget(manifest.budget, config.budget, manifest.shard_budgets)
+        data = cls(dataset, targets)
+        data.stream(config)  # refuses a share that no row can fill
+        if targets is not None:
+            require_aligned(alignment_report(_gate_pairs(data)))
+        return data
 
     def provenance(self) -> dict[str, str | None]:
         """What identifies the data: fingerprints and tokenizer."""
@@ -61,35 +73,43 @@ class RunData:
         }
 
     def stream(self, config: KDConfig) -> RowStream:
-        """The stream of the run from its first row."""
+        """The stream of the run from its first row; without a teacher no row uses targets."""
         return RowStream(
             self.dataset.num_rows("train"),
             fingerprint=self.dataset.manifest.fingerprint,
             seed=config.seed,
             global_batch_size=config.batch.global_batch_size,
+            kd_share=0.0 if self.targets is None else config.kd_share,
+            scored=self.scored.get("train"),
         )
 
     def batch(self, split: Split, rows: Sequence[int], with_targets: Sequence[bool]) -> Batch:
-        """The batch of these rows; a row whose flag is off, or that was not scored, has no targets."""
+        """The batch of these rows; one whose flag is off trains without targets, as do its documents without any.
+
+        Raises FormatError when a row whose flag is on has no targets.
+        """
         packed = [self.dataset.row(split, int(index)) for index in rows]
         documents = [
-            self.targets.documents(split, int(index), row) if self.targets and wanted else None
+            self.documents(split, int(index), row) if wanted else None
             for index, row, wanted in zip(rows, packed, with_targets, strict=True)
         ]
         return make_batch(packed, documents)
+
+    def documents(self, split: Split, index: int, row: PackedRow) -> list[DocTarget | None]:
+        """The targets of a row that was scored when the run began. Raises FormatError where it has none."""
+        documents = None if self.targets is None else self.targets.documents(split, index, row)
+        if documents is None:
+            raise FormatError(
+                f"{split} row {index} has no targets",
+                expected="targets, as when the run was started",
+                remedy="the target files changed under the run: `vpmoe-data verify`, then start again",
+            )
+        return documents
 
     def padding_batch(self, split: Split, rows: int) -> Batch:
         """A batch in which nothing is a target, for ranks that have no row left but must take part."""
         row = self.dataset.row(split, 0)
         return make_batch([dataclasses.replace(row, spans_T=np.zeros_like(row.spans_T))] * rows)
-
-
-def uses_targets(positions_P: np.ndarray, share: float) -> np.ndarray:
-    """Which positions of the stream train on their targets: bool [P], `share` of any run of positions, within one row.
-
-    A pure function of the position, as the order is: (p + 1) * share and p * share lie in other whole numbers.
-    """
-    return np.floor((positions_P + 1) * share) > np.floor(positions_P * share)
 
 
 class Loader:
@@ -132,14 +152,12 @@ class Loader:
         return self.stream.consumed // self.stream.global_batch_size
 
     def _read(self, number: int) -> list[Batch]:
-        rows_B = self.stream.peek(number)
-        positions_B = number * len(rows_B) + np.arange(len(rows_B))
-        scored_B = uses_targets(positions_B, self._data.kd_share)
+        rows_B, uses_B = self.stream.peek(number), self.stream.uses_targets(number)
         batches = [
-            self._data.batch("train", rows, scored)
-            for rows, scored in zip(
+            self._data.batch("train", rows, uses)
+            for rows, uses in zip(
                 rank_micro_batches(rows_B, **self._cut),
-                rank_micro_batches(scored_B, **self._cut),
+                rank_micro_batches(uses_B, **self._cut),
                 strict=True,
             )
         ]
@@ -149,12 +167,10 @@ class Loader:
 def valid_batches(
     data: RunData, *, rows: int | None, dp_rank: int, dp_size: int, micro_batch_size: int
 ) -> Iterator[Batch]:
-    """This rank's share of the first `rows` valid rows, all with targets; every rank gets as many batches."""
-    num_rows = (
-        data.dataset.num_rows("valid")
-        if rows is None
-        else min(rows, data.dataset.num_rows("valid"))
-    )
+    """This rank's share of the first `rows` valid rows, with the targets they have; every rank gets as many batches."""
+    total = data.dataset.num_rows("valid")
+    num_rows = total if rows is None else min(rows, total)
+    has_targets_R = data.scored["valid"].mask() if data.targets else np.zeros(total, dtype=bool)
     groups = [
         range(num_rows)[first : first + micro_batch_size]
         for first in range(0, num_rows, micro_batch_size)
@@ -162,17 +178,24 @@ def valid_batches(
     for first in range(0, len(groups), dp_size):
         mine = first + dp_rank
         if mine < len(groups):
-            yield data.batch("valid", groups[mine], [True] * len(groups[mine]))
+            yield data.batch("valid", groups[mine], has_targets_R[groups[mine]])
         else:
             yield data.padding_batch("valid", micro_batch_size)
 
 
-def _require_aligned(dataset: Dataset, targets: TargetStore) -> None:
-    def pairs() -> Iterator[tuple[np.ndarray, object]]:
-        for index in range(dataset.num_rows("train")):
-            row = dataset.row("train", index)
-            documents = targets.documents("train", index, row)
-            if documents is not None:
-                yield row.tokens_T, row_target(documents, row)
+def _gate_pairs(data: RunData) -> Iterator[tuple[np.ndarray, SparseTarget]]:
+    """The first scored rows with their targets: `GATE_ROWS`, more where they hold too few targets to judge."""
+    rows = positions = 0
+    for split, index in _scored_rows(data):
+        row = data.dataset.row(split, index)
+        target = row_target(data.documents(split, index, row), row)
+        rows, positions = rows + 1, positions + len(target.positions_P)
+        yield row.tokens_T, target
+        if rows >= GATE_ROWS and positions >= MIN_POSITIONS:
+            return
 
-    require_aligned(alignment_report(itertools.islice(pairs(), GATE_ROWS)))
+
+def _scored_rows(data: RunData) -> Iterator[tuple[Split, int]]:
+    for split, scored in data.scored.items():
+        for number in range(scored.size):
+            yield split, int(scored.select(np.array([number]))[0])

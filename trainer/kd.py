@@ -115,9 +115,7 @@ class KDRun:
         if stored.provenance["git_sha"] != self.provenance["git_sha"]:
             _LOG.warning("the code is not that of the checkpoint: %s", stored.provenance["git_sha"])
         _LOG.info("going on from step %d of %d", stored.step, self.config.steps)
-        wanted = stream.state()
-        del wanted["consumed"], wanted["version"]
-        return stored.step, RowStream.restore(stored.stream, num_rows=stream.num_rows, **wanted)
+        return stored.step, stream.resumed(stored.stream)
 
     def _loader(self, stream: RowStream) -> Loader:
         topology = self.topology
