@@ -15,8 +15,10 @@ from datastore.budget import (
     Budget,
     BudgetLimits,
     BudgetSums,
+    ClassSums,
     quantisation_kl,
     require_budget,
+    require_shard_budget,
     row_budget,
 )
 from datastore.codec import decode_blob, encode_blob, steps_per_nat
@@ -48,6 +50,8 @@ def make_row(copies: int, first: int) -> PackedRow:
         spans_T=np.concatenate([np.tile(SPANS, copies), np.zeros(5, dtype=np.uint8)]),
         doc_ends_D=np.arange(1, copies + 1, dtype=np.int32) * length,
         doc_ids=tuple(bytes([n]) * 16 for n in range(copies)),
+        languages=("",) * copies,
+        exercises=("",) * copies,
         row_hash=0,
     )
 
@@ -121,7 +125,7 @@ def test_a_class_without_positions_is_null():
     documents = score(row, HALF_HEAD)
     budget = row_budget(documents, encode_blob(documents, row, ORDER), row, ORDER).budget()
     assert budget.final is None and budget.reasoning.positions == 5
-    assert require_budget(json.loads(budget.model_dump_json()), BudgetLimits()) == budget
+    assert require_budget(json.loads(budget.model_dump_json()), BudgetLimits(), {}) == budget
 
 
 def random_targets(threshold: float, positions: int, spread: float) -> SparseTarget:
@@ -152,6 +156,8 @@ def test_quantisation_kl_is_within_its_bound(threshold, spread):
         spans_T=np.array([0, *[1] * 500], dtype=np.uint8),
         doc_ends_D=np.array([501], dtype=np.int32),
         doc_ids=(bytes(16),),
+        languages=("",),
+        exercises=("",),
         row_hash=0,
     )
     stored = decode_blob(encode_blob([document], row, ORDER), row, ORDER)[0].target
@@ -215,7 +221,7 @@ def known_budget(**changes: object) -> dict:
 
 
 def test_a_budget_within_limits_passes():
-    assert require_budget(known_budget(), BudgetLimits()) == Budget(**known_budget())
+    assert require_budget(known_budget(), BudgetLimits(), {}) == Budget(**known_budget())
 
 
 @pytest.mark.parametrize(
@@ -231,16 +237,58 @@ def test_a_budget_within_limits_passes():
 def test_figures_outside_the_limits_are_refused(figure, value, message):
     final = {**known_budget()["final"], figure: value}
     with pytest.raises(AlignmentError, match=message):
-        require_budget(known_budget(final=final), BudgetLimits())
+        require_budget(known_budget(final=final), BudgetLimits(), {})
     with pytest.raises(AlignmentError, match=message.replace("final", "reasoning")):
-        require_budget(known_budget(reasoning=final), BudgetLimits())
+        require_budget(known_budget(reasoning=final), BudgetLimits(), {})
 
 
 def test_no_budget_is_no_licence():
     empty = known_budget(positions=0, reasoning=None, final=None)
     with pytest.raises(AlignmentError, match="nothing"):
-        require_budget(empty, BudgetLimits())
+        require_budget(empty, BudgetLimits(), {})
     with pytest.raises(FormatError, match="error budget"):
-        require_budget({}, BudgetLimits())
+        require_budget({}, BudgetLimits(), {})
     with pytest.raises(ValidationError, match="less than or equal to 1"):
         BudgetLimits(min_head_mass=2.0)
+
+
+def garbage(positions: int) -> BudgetSums:
+    """A shard of an engine that returned flat logits: guessing among 201,088 ids, nothing in the head."""
+    figures = {"positions": positions, "entries": 50 * positions, "tail_mass": 1.0 * positions}
+    figures |= {"realised_logprob": -12.2 * positions, "entropy": 12.2 * positions}
+    return BudgetSums(positions=positions, reasoning=ClassSums(**figures))
+
+
+def test_one_bad_shard_is_refused_though_the_whole_is_within_limits():
+    good = known_budget(positions=2000)
+    shards = {"train": [good, good, garbage(200).budget().resolved()], "valid": [good]}
+    with pytest.raises(AlignmentError, match=r"train shard 2 .*head mass 0 .*logprob -12\.2"):
+        require_budget(known_budget(), BudgetLimits(), shards)
+    require_budget(known_budget(), BudgetLimits(), {"train": [good, good], "valid": [good]})
+    with pytest.raises(FormatError, match="valid shard 0"):
+        require_budget(known_budget(), BudgetLimits(), {"valid": [{"positions": 3}]})
+
+
+def test_a_shard_is_refused_when_it_is_scored():
+    with pytest.raises(AlignmentError, match=r"train/shard-00007\.arrow .*head mass 0"):
+        require_shard_budget(garbage(100), BudgetLimits(), "train/shard-00007.arrow")
+    lenient = BudgetLimits(min_head_mass=0, min_realised_logprob=-13)
+    require_shard_budget(garbage(100), lenient, "a shard")
+
+
+def test_few_or_no_positions_of_a_shard_are_no_sign():
+    require_shard_budget(BudgetSums(), BudgetLimits(), "an unscored shard")
+    require_shard_budget(garbage(99), BudgetLimits(), "a shard of a small pilot")
+
+
+def test_a_row_scored_in_part_counts_its_scored_documents():
+    row = make_row(3, 500)
+    documents = score(row, HALF_HEAD)
+    whole = row_budget(documents, encode_blob(documents, row, ORDER), row, ORDER)
+    partial = [documents[0], None, documents[2]]
+    blob = encode_blob(partial, row, ORDER)
+    sums = row_budget(partial, blob, row, ORDER)
+    assert (whole.positions, sums.positions) == (21, 14)
+    assert (sums.reasoning.positions, sums.final.positions, sums.control.positions) == (10, 4, 6)
+    assert sums.blob_bytes == len(blob)
+    assert math.isclose(sums.budget().final.head_mass, 0.5, rel_tol=1e-6)
