@@ -54,8 +54,8 @@ class RunData:
                 )
         targets = None if config.teacher is None else TargetStore.open(dataset, config.teacher)
         if targets is not None:
-            require_same_source(targets.manifest, dataset.manifest)
             manifest = targets.manifest
+            require_same_source(manifest, dataset.manifest)
             require_budget(manifest.budget, config.budget, manifest.shard_budgets)
         data = cls(dataset, targets)
         data.stream(config)  # refuses a share that no row can fill
@@ -191,7 +191,7 @@ def _gate_pairs(data: RunData) -> Iterator[tuple[np.ndarray, SparseTarget]]:
         target = row_target(data.documents(split, index, row), row)
         rows, positions = rows + 1, positions + len(target.positions_P)
         yield row.tokens_T, target
-        if rows >= GATE_ROWS and positions >= MIN_POSITIONS:
+        if rows >= GATE_ROWS and positions >= 2 * MIN_POSITIONS:
             return
 
 

@@ -50,6 +50,8 @@ def random_row(rng: np.random.Generator, seq_len: int) -> PackedRow:
         spans_T=rng.integers(0, 3, seq_len).astype(np.uint8),
         doc_ends_D=ends.astype(np.int32),
         doc_ids=tuple(rng.bytes(16) for _ in range(num_docs)),
+        languages=tuple(rng.choice(["", "en", "日本語"], num_docs).tolist()),
+        exercises=tuple(rng.choice(["", "rag"], num_docs).tolist()),
         row_hash=0,
     )
 
@@ -77,8 +79,15 @@ def pack(documents: list[RenderedDoc], seq_len: int) -> PackedRow:
     ends = np.cumsum([len(d.tokens_T) for d in documents]).astype(np.int32)
     tokens[: ends[-1]] = np.concatenate([d.tokens_T for d in documents])
     spans[: ends[-1]] = np.concatenate([d.spans_T for d in documents])
-    ids = tuple(d.doc_id for d in documents)
-    return PackedRow(tokens_T=tokens, spans_T=spans, doc_ends_D=ends, doc_ids=ids, row_hash=0)
+    return PackedRow(
+        tokens_T=tokens,
+        spans_T=spans,
+        doc_ends_D=ends,
+        doc_ids=tuple(d.doc_id for d in documents),
+        languages=tuple(d.language for d in documents),
+        exercises=tuple(d.exercise for d in documents),
+        row_hash=0,
+    )
 
 
 def count(rows: list[PackedRow], seq_len: int) -> SplitCounts:
@@ -173,26 +182,40 @@ def write_targets(
     *,
     slug: str = "tiny",
     unscored: tuple[int, ...] = (),
-    documents_of: Callable[[PackedRow], list[DocTarget]] = row_documents,
+    documents_of: Callable[[PackedRow], list[DocTarget | None]] = row_documents,
     **changes,
 ) -> TargetManifest:
-    """A committed target store for a whole dataset; rows numbered in `unscored` (of a split) get none."""
-    dataset, budget, order = Dataset.open(folder), BudgetSums(), IdOrder.identity()
+    """A committed target store for a whole dataset.
+
+    Rows numbered in `unscored` (of a split), or of which `documents_of` gives only None, get no blob. Budgets state
+    what `row_documents` of the scored documents holds.
+    """
+    dataset, order = Dataset.open(folder), IdOrder.identity()
     order.write(target_folder(folder, slug))
+    budget, shard_budgets = BudgetSums(), {split: [] for split in dataset.manifest.files}
+    counts = {split: {"documents": 0, "tokens": 0} for split in dataset.manifest.files}
     files: dict[Split, list] = {split: [] for split in dataset.manifest.files}
     for split, entries in dataset.manifest.files.items():
         first = 0
         for shard, entry in enumerate(entries):
             blobs: list[tuple[int, bytes | None]] = []
+            of_shard = BudgetSums()
             for index in range(first, first + entry.rows):
                 row = dataset.row(split, index)
-                if index in unscored:
+                documents = [] if index in unscored else documents_of(row)
+                scored = [number for number, document in enumerate(documents) if document]
+                if not scored:
                     blobs.append((row.row_hash, None))
                     continue
-                documents = documents_of(row)
                 blob = codec.encode_blob(documents, row, order)
                 blobs.append((row.row_hash, blob))
-                budget = budget.merged(row_budget(row_documents(row), blob, row, order))
+                exact = [d if n in scored else None for n, d in enumerate(row_documents(row))]
+                of_shard = of_shard.merged(row_budget(exact, blob, row, order))
+                counts[split]["documents"] += len(scored)
+                lengths = np.diff(row.doc_ends_D, prepend=0)
+                counts[split]["tokens"] += int(lengths[scored].sum())
+            budget = budget.merged(of_shard)
+            shard_budgets[split].append(of_shard.budget().resolved())
             first += entry.rows
             place = {"target_id": TARGET_ID, "split": split, "shard": shard}
             files[split].append(write_target_shard(target_folder(folder, slug), blobs, **place))
@@ -211,7 +234,8 @@ def write_targets(
         "tokenizer": TokenizerInfo(),
         "budget": budget.budget().model_dump(),
         "alignment": {},
-        "counts": {},
+        "counts": counts,
+        "shard_budgets": shard_budgets,
         "id_order_sha256": order.sha256,
     }
     manifest = TargetManifest(**(values | changes))

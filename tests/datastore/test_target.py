@@ -264,6 +264,8 @@ def row_and_documents() -> tuple[PackedRow, list[DocTarget]]:
         spans_T=np.concatenate([EXAMPLE_SPANS_T, second_spans_T, np.zeros(padding, np.uint8)]),
         doc_ends_D=np.array([7, 11], dtype=np.int32),
         doc_ids=(b"a" * 16, b"b" * 16),
+        languages=("en", ""),
+        exercises=("", "rag"),
         row_hash=0,
     )
     documents = []
@@ -307,6 +309,27 @@ def test_row_target_refuses_other_content(row_and_documents):
         tokens_T[at] ^= 1
         with pytest.raises(AlignmentError, match=r"document 0 .*other tokens"):
             row_target(documents, replace(row, tokens_T=tokens_T))
+
+
+@pytest.mark.parametrize("scored", [0, 1])
+def test_row_target_joins_the_scored_documents_alone(row_and_documents, scored):
+    row, documents = row_and_documents
+    part = row_target([d if n == scored else None for n, d in enumerate(documents)], row)
+    where = row.documents()[scored]
+    own = documents[scored].target
+    assert part.positions_P.tolist() == (own.positions_P + where.start).tolist()
+    np.testing.assert_array_equal(dense_weights(part, 300), dense_weights(own, 300))
+    np.testing.assert_array_equal(part.entropy_P, own.entropy_P)
+
+
+def test_row_target_refuses_a_row_without_any_scored_document(row_and_documents):
+    row, documents = row_and_documents
+    with pytest.raises(AlignmentError, match="no document was scored"):
+        row_target([None, None], row)
+    with pytest.raises(AlignmentError, match="1 documents"):
+        row_target([None], row)
+    with pytest.raises(AlignmentError, match=r"document 1 .*other tokens"):
+        row_target([None, documents[0]], row)
 
 
 def test_row_target_refuses_other_positions(row_and_documents):

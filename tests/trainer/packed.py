@@ -37,6 +37,8 @@ def pack(documents: list[tuple[np.ndarray, np.ndarray]], seq_len: int) -> Packed
         spans_T=spans_T.astype(np.uint8),
         doc_ends_D=np.cumsum(lengths).astype(np.int32),
         doc_ids=tuple(bytes([number]) * 16 for number in range(len(documents))),
+        languages=("",) * len(documents),
+        exercises=("",) * len(documents),
         row_hash=0,
     )
 

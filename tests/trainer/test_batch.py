@@ -85,6 +85,39 @@ def test_targets_stand_at_their_positions(rng: np.random.Generator) -> None:
     assert batch.entropy_sums_C.tolist() == pytest.approx(totals)
 
 
+@pytest.mark.parametrize("scored", [(0,), (1,), (2,), (0, 2), (1, 2)])
+def test_a_row_scored_in_part_has_targets_at_those_documents_alone(
+    scored: tuple[int, ...], rng: np.random.Generator
+) -> None:
+    """Beside the batch of the whole row: equal at the scored documents, nothing at the others."""
+    row, documents = random_row(rng, [(3, 4, 2), (2, 0, 6), (1, 5, 0)], 27, VOCAB)
+    part = make_batch([row], [[d if n in scored else None for n, d in enumerate(documents)]])
+    whole = make_batch([row], [documents])
+    at_BT = torch.isin(part.doc_ids_BT, torch.tensor(scored))
+    assert torch.equal(part.has_target_BT, whole.has_target_BT & at_BT)
+    width = part.target_ids_BTK.shape[2]
+    for name in ("target_ids_BTK", "target_weights_BTK"):
+        expected = getattr(whole, name) * at_BT[..., None]
+        assert torch.equal(getattr(part, name), expected[..., :width])
+        assert not expected[..., width:].any()
+    assert torch.equal(part.teacher_logprob_BT, whole.teacher_logprob_BT * at_BT)
+    assert torch.equal(part.teacher_top_BT, torch.where(at_BT, whole.teacher_top_BT, -1))
+    for name in ("labels_BT", "label_spans_BT", "target_index_N", "is_control_BT"):
+        assert torch.equal(getattr(part, name), getattr(whole, name))
+    sums = [documents[n].entropy_sums for n in scored]
+    totals = [sum(getattr(s, name) for s in sums) for name in ("reasoning", "final", "control")]
+    assert part.entropy_sums_C.tolist() == pytest.approx(totals)
+
+
+def test_targets_of_which_none_is_there_are_refused(rng: np.random.Generator) -> None:
+    """A row without any target is None; a list of nothing is a mistake of the caller."""
+    row, _ = random_row(rng, [(3, 4, 2), (2, 1, 1)], 24, VOCAB)
+    with pytest.raises(AlignmentError, match="no document was scored"):
+        make_batch([row], [[None, None]])
+    with pytest.raises(AlignmentError, match="1 documents"):
+        make_batch([row], [[None]])
+
+
 def test_without_scored_rows_there_are_no_entries(rng: np.random.Generator) -> None:
     row, _ = random_row(rng, [(3, 4, 2)], 12, VOCAB)
     batch = make_batch([row])
@@ -145,6 +178,10 @@ def test_damaged_targets_are_refused(damage, rng: np.random.Generator) -> None:
     make_batch([row], [documents])
     with pytest.raises(AlignmentError):
         make_batch([row], [[damage(documents[0])]])
+    pair, both = random_row(rng, [(3, 4, 2), (2, 3, 3)], 24, VOCAB)
+    make_batch([pair], [[None, both[1]]])
+    with pytest.raises(AlignmentError):
+        make_batch([pair], [[None, damage(both[1])]])
 
 
 def test_targets_of_another_document_are_refused(rng: np.random.Generator) -> None:

@@ -8,23 +8,43 @@ import numpy as np
 import pytest
 import torch
 
-from common.errors import AlignmentError, ConfigError
+from common.errors import AlignmentError, ConfigError, FormatError
+from datastore.reader import Dataset, TargetStore
 from tests.datastore import conftest as made
 from tests.trainer.megatron.tiny import tiny_config
-from trainer.data import Loader, RunData, uses_targets, valid_batches
+from trainer.data import Loader, RunData, valid_batches
 
-SEQ_LEN = 192
+SEQ_LEN = 288
+
+
+ROWS = [(number,) for number in range(8)] + [(8,), (9, 13), (10,), (11,), (12,)]
+
+
+def _write(folder: Path, **targets) -> Path:
+    """Eight train rows in two shards, five valid rows; the second of these holds two documents, each other row one."""
+    rows = [made.pack([made.document(number) for number in numbers], SEQ_LEN) for numbers in ROWS]
+    shards = {"train": [rows[:5], rows[5:8]], "valid": [rows[8:]]}
+    made.write_dataset(folder, shards, seq_len=SEQ_LEN)
+    made.write_targets(folder, **targets)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    rows = [made.pack([made.document(number)], SEQ_LEN) for number in range(13)]
-    made.write_dataset(
-        folder, {"train": [rows[:5], rows[5:8]], "valid": [rows[8:]]}, seq_len=SEQ_LEN
-    )
-    made.write_targets(folder, unscored=(2,))
-    return folder
+    """Every train row is scored."""
+    return _write(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def partial(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows 1, 2, 5 and 6 of train are scored, and the first documents of rows 1 and 2 of valid."""
+
+    def documents_of(row):
+        documents = made.row_documents(row)
+        return [documents[0]] + [None] * (len(documents) - 1)
+
+    folder = tmp_path_factory.mktemp("partial")
+    return _write(folder, unscored=(0, 3, 4, 7), documents_of=documents_of)
 
 
 def _config(dataset: Path, **changes):
@@ -32,11 +52,12 @@ def _config(dataset: Path, **changes):
     return tiny_config(dataset=str(dataset), student=student, **changes)
 
 
-def _read(dataset: Path, dp_size: int, micro: int, steps: int) -> list[list[tuple[bytes, bool]]]:
+def _read(
+    dataset: Path, dp_size: int, micro: int, steps: int, kd_share: float = 0.5
+) -> list[list[tuple[bytes, bool]]]:
     """Per step the rows in global order, each as its tokens and whether it has targets."""
-    config = _config(
-        dataset, batch={"global_batch_size": 4, "micro_batch_size": micro}, kd_share=0.5
-    )
+    batch = {"global_batch_size": 4, "micro_batch_size": micro}
+    config = _config(dataset, batch=batch, kd_share=kd_share)
     data = RunData.open(config)
     loaders = [
         Loader(
@@ -65,22 +86,65 @@ def _read(dataset: Path, dp_size: int, micro: int, steps: int) -> list[list[tupl
     return read
 
 
+@pytest.mark.parametrize("name", ["dataset", "partial"])
 @pytest.mark.parametrize(("dp_size", "micro"), [(1, 2), (2, 1), (2, 2), (4, 1)])
-def test_any_cut_reads_the_same_global_batches(dataset, dp_size, micro) -> None:
-    whole = _read(dataset, 1, 4, steps=5)
-    assert _read(dataset, dp_size, micro, steps=5) == whole
+def test_any_cut_reads_the_same_global_batches(name, dp_size, micro, request) -> None:
+    folder = request.getfixturevalue(name)
+    whole = _read(folder, 1, 4, steps=5)
+    assert _read(folder, dp_size, micro, steps=5) == whole
     assert len({tokens for step in whole[:2] for tokens, _ in step}) == 8
+    assert [sum(scored for _, scored in step) for step in whole] == [2] * 5
 
 
-def test_a_share_of_the_rows_uses_targets() -> None:
-    for share in (0.0, 0.25, 0.3, 0.5, 1.0):
-        used_P = uses_targets(np.arange(1000), share)
-        assert abs(used_P.sum() - 1000 * share) < 1 + 1e-9
-        windows = np.lib.stride_tricks.sliding_window_view(used_P, 16).sum(axis=1)
-        assert windows.max() - windows.min() <= 1
-    np.testing.assert_array_equal(
-        uses_targets(np.arange(40), 0.3)[17:], uses_targets(np.arange(17, 40), 0.3)
-    )
+def test_a_partial_run_mixes_scored_and_plain_rows_by_the_share(partial) -> None:
+    dataset = RunData.open(_config(partial)).dataset
+    names = {dataset.row("train", i).tokens_T.astype(np.int64).tobytes(): i for i in range(8)}
+    for share, scored in ((0.0, 0), (0.25, 1), (0.75, 3), (1.0, 4)):
+        rows = [row for step in _read(partial, 1, 4, 4, share) for row in step]
+        assert sum(used for _, used in rows) == 4 * scored
+        assert {names[tokens] for tokens, used in rows if used} <= {1, 2, 5, 6}
+        plain = {names[tokens] for tokens, used in rows if not used}
+        assert plain <= (set(range(8)) if share == 0 else {0, 3, 4, 7})
+    everything = {names[tokens] for step in _read(partial, 1, 4, 2, 0.0) for tokens, _ in step}
+    assert everything == set(range(8))
+
+
+def test_without_a_teacher_every_row_is_read_and_none_is_scored(partial) -> None:
+    config = _config(partial, teacher=None, loss={"kd_weight": 0})
+    data = RunData.open(config)
+    assert data.stream(config).state()["scored_rows"] == 0
+    assert sorted(data.stream(config).peek(0).tolist()) == list(range(8))
+
+
+def test_a_share_of_nothing_scored_is_refused_before_the_run(tmp_path) -> None:
+    folder = _write(tmp_path, documents_of=_only_pairs)
+    with pytest.raises(ConfigError, match="kd_share=0"):
+        RunData.open(_config(folder, kd_share=0.5))
+    opened = Dataset.open(folder)
+    data = RunData(opened, TargetStore.open(opened, "tiny"))
+    assert [data.scored[split].size for split in ("train", "valid")] == [0, 1]
+
+
+def _only_pairs(row) -> list:
+    """Targets where a row holds two documents, which is in valid alone."""
+    documents = made.row_documents(row)
+    return documents if len(documents) == 2 else [None]
+
+
+def test_a_row_whose_targets_vanished_is_an_error(partial) -> None:
+    data = RunData.open(_config(partial))
+    data.batch("train", [1, 2], [True, True])
+    with pytest.raises(FormatError, match="train row 3 has no targets"):
+        data.batch("train", [1, 3], [True, True])
+
+
+def test_evaluation_uses_the_targets_that_there_are(partial) -> None:
+    data = RunData.open(_config(partial))
+    batches = list(valid_batches(data, rows=None, dp_rank=0, dp_size=1, micro_batch_size=2))
+    found = np.concatenate([batch.has_target_BT.any(dim=1).numpy() for batch in batches])
+    assert found.tolist() == [False, True, True, False, False]
+    pair = batches[0].doc_ids_BT[1]
+    assert set(pair[batches[0].has_target_BT[1]].tolist()) == {0}
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3])
