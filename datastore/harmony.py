@@ -127,9 +127,11 @@ class Renderer:
         if isinstance(texts, Reject):
             return texts
         synth_id, user, analysis, final = texts
+        language, exercise = row.language or "", row.exercise or ""
         try:
             doc_id = document_id(synth_id)
             user_T, analysis_T, final_T = _encode(user), _encode(analysis), _encode(final)
+            _require_utf8(language, exercise)
         except UnicodeEncodeError:  # lone surrogates: bytes that were never valid UTF-8
             return Reject("invalid_text")
         except ValueError:  # the tokenizer's regex gives up, e.g. on a million blanks in a row
@@ -144,6 +146,8 @@ class Renderer:
             doc_id=doc_id,
             tokens_T=tokens_T,
             spans_T=spans_T,
+            language=language,
+            exercise=exercise,
             analysis_cut=analysis_cut,
             user_cut=user_cut,
         )
@@ -249,6 +253,11 @@ def _encode(text: str) -> np.ndarray:
     """
     ids = tokenizer.encoding().encode_to_numpy(text, allowed_special=set(), disallowed_special=())
     return ids.view(np.int32)
+
+
+def _require_utf8(*labels: str) -> None:
+    for label in labels:
+        label.encode()
 
 
 def _ids(*ids: int) -> np.ndarray:

@@ -134,6 +134,8 @@ def packed_row(documents: Sequence[RenderedDoc], seq_len: int) -> PackedRow:
         spans_T=spans_T,
         doc_ends_D=doc_ends_D,
         doc_ids=tuple(d.doc_id for d in documents),
+        languages=tuple(d.language for d in documents),
+        exercises=tuple(d.exercise for d in documents),
         row_hash=0,
     )
 

@@ -87,7 +87,7 @@ def row_text(row: PackedRow) -> Iterator[Rule | Text]:
             first = where.start + start
             title = f"document {number}, {name}, positions {first}:{first + end - start}"
             yield Rule(Text(title), align="left", style="dim", characters="-")
-            yield _run_text(tokens_T[start:end], _SPAN_STYLES[min(span, 2)])
+            yield run_text(tokens_T[start:end], _SPAN_STYLES[min(span, 2)])
 
 
 def token_text(token: int) -> str:
@@ -114,7 +114,8 @@ def shown_positions(
     return np.sort(np.concatenate(chosen)) if chosen else np.empty(0, np.int64)
 
 
-def _run_text(tokens_T: np.ndarray, style: str) -> Text:
+def run_text(tokens_T: np.ndarray, style: str = "") -> Text:
+    """Tokens as text, safe for a terminal: control tokens in their style, control characters as pictures."""
     text, is_control = Text(), tokens_T >= FIRST_CONTROL_ID
     for start, end in _runs(is_control):
         decoded = encoding().decode(tokens_T[start:end].tolist(), errors="replace")
@@ -137,10 +138,13 @@ def _documents_table(row: PackedRow) -> Table:
     table.add_column("id")
     for heading in ("positions", "tokens", "prompt", "reasoning", "final"):
         table.add_column(heading, justify="right")
+    table.add_column("language")
+    table.add_column("exercise")
     for number, (where, doc_id) in enumerate(zip(row.documents(), row.doc_ids, strict=True)):
         counts = np.bincount(row.spans_T[where], minlength=3)[:3].tolist()
         sizes = [f"{count:,}" for count in (where.stop - where.start, *counts)]
-        table.add_row(str(number), doc_id.hex(), f"{where.start}:{where.stop}", *sizes)
+        labels = (Text(row.languages[number]), Text(row.exercises[number]))
+        table.add_row(str(number), doc_id.hex(), f"{where.start}:{where.stop}", *sizes, *labels)
     end = int(row.doc_ends_D[-1])
     table.add_row("padding", "", f"{end}:{len(row.tokens_T)}", f"{len(row.tokens_T) - end:,}")
     return table

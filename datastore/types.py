@@ -43,8 +43,8 @@ class RenderedDoc:
     doc_id: bytes
     tokens_T: np.ndarray
     spans_T: np.ndarray
-    language: str = ""
-    exercise: str = ""
+    language: str
+    exercise: str
     analysis_cut: int = 0
     user_cut: int = 0
 
@@ -55,17 +55,18 @@ class PackedRow:
 
     Example, L=8, documents of 3 and 4 tokens: doc_ends_D=[3, 7]; position 7 is padding (199999, span 0).
     tokens_T: int32 [L]. spans_T: uint8 [L]. doc_ends_D: int32, exclusive ends, ascending.
-    doc_ids: one 16-byte id a document. row_hash: see docs/format.md.
+    doc_ids: one 16-byte id a document.
     languages, exercises: one text a document, of its source row, "" where it has none.
+    row_hash: see docs/format.md.
     """
 
     tokens_T: np.ndarray
     spans_T: np.ndarray
     doc_ends_D: np.ndarray
     doc_ids: tuple[bytes, ...]
+    languages: tuple[str, ...]
+    exercises: tuple[str, ...]
     row_hash: int
-    languages: tuple[str, ...] = ()
-    exercises: tuple[str, ...] = ()
 
     def documents(self) -> list[slice]:
         """The slice of positions of each document."""

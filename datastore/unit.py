@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 
 from common import tokenizer
 from common.config import Config
-from common.files import atomic_writer, sha256_file, write_json
+from common.files import atomic_writer, canonical_json, sha256_file, write_json
 from datastore.harmony import Reject, RenderConfig, Renderer
 from datastore.manifest import SpanTokens, SplitCounts
 from datastore.packing import PackConfig, pack_documents
@@ -177,6 +178,7 @@ def finished_unit(job: UnitJob) -> UnitRecord | None:
 def write_fragment(path: Path, documents: list[RenderedDoc]) -> None:
     """Store documents as flat arrays; read_fragment gives them back."""
     doc_ids = np.frombuffer(b"".join(d.doc_id for d in documents), dtype=np.uint8)
+    labels = canonical_json([[d.language, d.exercise] for d in documents])
     with atomic_writer(path) as handle:
         np.savez(
             handle,
@@ -184,6 +186,7 @@ def write_fragment(path: Path, documents: list[RenderedDoc]) -> None:
             tokens_T=np.concatenate([np.zeros(0, np.int32), *(d.tokens_T for d in documents)]),
             spans_T=np.concatenate([np.zeros(0, np.uint8), *(d.spans_T for d in documents)]),
             doc_ids=doc_ids.reshape(-1, 16),
+            labels=np.frombuffer(labels, dtype=np.uint8),
         )
 
 
@@ -193,8 +196,16 @@ def read_fragment(path: Path) -> Iterator[RenderedDoc]:
         ends = np.cumsum(arrays["lengths_D"])[:-1]
         tokens, spans = np.split(arrays["tokens_T"], ends), np.split(arrays["spans_T"], ends)
         doc_ids = arrays["doc_ids"]
-    for doc_id, tokens_T, spans_T in zip(doc_ids, tokens, spans, strict=False):
-        yield RenderedDoc(doc_id=doc_id.tobytes(), tokens_T=tokens_T, spans_T=spans_T)
+        labels = json.loads(arrays["labels"].tobytes())
+    # Of no documents np.split makes one empty part.
+    for number, (doc_id, (language, exercise)) in enumerate(zip(doc_ids, labels, strict=True)):
+        yield RenderedDoc(
+            doc_id=doc_id.tobytes(),
+            tokens_T=tokens[number],
+            spans_T=spans[number],
+            language=language,
+            exercise=exercise,
+        )
 
 
 def _train_documents(

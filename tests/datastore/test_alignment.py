@@ -116,6 +116,8 @@ def test_stored_targets_pass_as_well(world):
             spans_T=spans_of(tokens_T),
             doc_ends_D=np.array([len(tokens_T)], dtype=np.int32),
             doc_ids=(bytes(16),),
+            languages=("",),
+            exercises=("",),
             row_hash=0,
         )
         stored = decode_blob(encode_blob([document], row, order), row, order)[0].target

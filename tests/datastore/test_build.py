@@ -70,21 +70,22 @@ def reference(sources, tmp_path_factory) -> Path:
     return out
 
 
-def documents(folder: Path) -> Iterator[tuple[str, bytes, str]]:
-    """(split, doc id, user content) of every document, read back from disk."""
+def documents(folder: Path) -> Iterator[tuple[str, bytes, tuple[str, str], str]]:
+    """(split, doc id, (language, exercise), user content) of every document, read back from disk."""
     dataset = Dataset.open(folder)
     for split in SPLITS:
         for index in range(dataset.num_rows(split)):
             row = dataset.row(split, index)
-            for place, doc_id in zip(row.documents(), row.doc_ids, strict=True):
-                yield split, doc_id, parse(row.tokens_T[place])[2].text
+            labels = zip(row.languages, row.exercises, strict=True)
+            for place, doc_id, of_doc in zip(row.documents(), row.doc_ids, labels, strict=True):
+                yield split, doc_id, of_doc, parse(row.tokens_T[place])[2].text
 
 
 def test_every_good_row_is_in_the_dataset_once(reference, sources):
     rows = [row for path in sources for row in pq.read_table(path).to_pylist()]
     found = list(documents(reference))
     manifest = Dataset.open(reference).manifest
-    assert len({doc_id for _, doc_id, _ in found}) == len(found)
+    assert len({doc_id for _, doc_id, _, _ in found}) == len(found)
     assert len(found) + sum(manifest.rejects.values()) == len(rows)
     # Among 250 rows, rows 7, 27, ... 247 are awkward: 13, the ten kinds in turn; six kinds give no document.
     assert manifest.rejects == {
@@ -93,11 +94,15 @@ def test_every_good_row_is_in_the_dataset_once(reference, sources):
     }
     assert manifest.truncated == {"analysis": 2, "user": 1}
     asked = {
-        hashlib.blake2b(row["synth_id"].encode(), digest_size=16).digest(): row["query"]
+        hashlib.blake2b(row["synth_id"].encode(), digest_size=16).digest(): row
         for row in rows
         if row["synth_id"]
     }
-    assert all(text.endswith(asked[doc_id]) for _, doc_id, text in found)
+    for _, doc_id, labels, text in found:
+        row = asked[doc_id]
+        assert text.endswith(row["query"])
+        assert labels == (row["language"] or "", row["exercise"] or "")
+    assert len({labels for _, _, labels, _ in found}) > 2
 
 
 def test_counts_are_those_of_the_rows(reference):

@@ -68,7 +68,8 @@ import numpy as np
 from datastore.shard import write_token_shard
 from datastore.types import PackedRow
 row = PackedRow(tokens_T=np.zeros(64, np.int32), spans_T=np.zeros(64, np.uint8),
-                doc_ends_D=np.array([64], np.int32), doc_ids=(b"x" * 16,), row_hash=0)
+                doc_ends_D=np.array([64], np.int32), doc_ids=(b"x" * 16,), languages=("",),
+                exercises=("",), row_hash=0)
 print("started", flush=True)
 write_token_shard(Path(sys.argv[1]), itertools.repeat(row), dataset_id="ab" * 32, split="train",
                   shard=0, seq_len=64)

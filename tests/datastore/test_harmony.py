@@ -238,11 +238,21 @@ def test_rag_sources_come_before_the_query():
         ({"exercise": "rag", "constraints": "source 1"}, "rag_without_sources"),
         ({"query": "half a pair \ud83d"}, "invalid_text"),
         ({"synth_id": "\udcff"}, "invalid_text"),
+        ({"language": "\udcff"}, "invalid_text"),
+        ({"exercise": "\udcff"}, "invalid_text"),
         ({"synthetic_reasoning": " " * 1_000_000 + "x"}, "untokenizable"),
     ],
 )
 def test_rows_are_rejected_with_their_reason(changes, reason):
     assert Renderer(RenderConfig()).render(a_row(**changes), UNLIMITED) == Reject(reason)
+
+
+def test_labels_are_those_of_the_row_and_change_no_token():
+    plain = render(a_row(language=None, exercise=None))
+    labelled = render(a_row(language="日本語", exercise="memorization"))
+    assert (plain.language, plain.exercise) == ("", "")
+    assert (labelled.language, labelled.exercise) == ("日本語", "memorization")
+    assert np.array_equal(plain.tokens_T, labelled.tokens_T)
 
 
 def test_the_sample_meets_every_kind_of_rejection_it_is_made_for(sample_parquet):

@@ -79,7 +79,7 @@ def test_a_folder_without_manifest_is_no_dataset(tmp_path) -> None:
             load_dataset_manifest(folder)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None])
 def test_another_version_is_named_before_anything_else(dataset, version) -> None:
     def change(values: dict) -> None:
         values.clear()

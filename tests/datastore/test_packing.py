@@ -19,6 +19,8 @@ def documents_of(lengths: list[int]) -> list[RenderedDoc]:
             doc_id=number.to_bytes(16, "big"),
             tokens_T=np.full(length, number, np.int32),
             spans_T=np.full(length, 1 + number % 2, np.uint8),
+            language=f"language {number}",
+            exercise=f"exercise {number}",
         )
         for number, length in enumerate(lengths)
     ]
@@ -36,8 +38,10 @@ def test_every_document_lies_whole_in_exactly_one_row(lengths, window, min_fill)
     seen = []
     for row in rows:
         assert row.tokens_T.shape == row.spans_T.shape == (64,)
-        for place, doc_id in zip(row.documents(), row.doc_ids, strict=True):
+        labels = zip(row.languages, row.exercises, strict=True)
+        for place, doc_id, label in zip(row.documents(), row.doc_ids, labels, strict=True):
             number = int.from_bytes(doc_id, "big")
+            assert label == (f"language {number}", f"exercise {number}")
             assert place.stop - place.start == lengths[number]
             assert (row.tokens_T[place] == number).all()
             assert (row.spans_T[place] == 1 + number % 2).all()

@@ -1,5 +1,6 @@
 """A shard gives back what was written, or refuses: every bit, every cut, every exchange."""
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -30,7 +31,7 @@ BLOBS = [(2**64 - 1, b"first"), (7, None), (0, b"\x00" * 40)]
 
 def values(row: PackedRow) -> tuple:
     arrays = (row.tokens_T.tolist(), row.spans_T.tolist(), row.doc_ends_D.tolist())
-    return (*arrays, row.doc_ids)
+    return (*arrays, row.doc_ids, row.languages, row.exercises)
 
 
 def write(folder: Path, rows, *, shard: int = 0, split="train", seq_len: int = SEQ_LEN, **identity):
@@ -80,7 +81,7 @@ def test_the_file_is_what_the_format_page_says(tmp_path, rows) -> None:
     entry = write(tmp_path, rows, shard=7, split="valid")
     table = pa.ipc.open_file(tmp_path / "valid" / "shard-00007.arrow").read_all()
     assert table.schema.metadata == {
-        b"vpmoe.format": b"1",
+        b"vpmoe.format": b"2",
         b"vpmoe.kind": b"tokens",
         b"vpmoe.dataset_id": DATASET_ID.encode(),
         b"vpmoe.split": b"valid",
@@ -92,11 +93,15 @@ def test_the_file_is_what_the_format_page_says(tmp_path, rows) -> None:
         assert stored["spans"] == row.spans_T.tolist()
         assert stored["doc_ends"] == row.doc_ends_D.tolist()
         assert stored["doc_ids"] == list(row.doc_ids)
+        assert stored["languages"] == list(row.languages)
+        assert stored["exercises"] == list(row.exercises)
         content = struct.pack(
             f"<32sBIII8i8B{len(row.doc_ids)}i",
             *(bytes.fromhex(DATASET_ID), 1, 7, number, len(row.doc_ids)),
             *(stored["tokens"] + stored["spans"] + stored["doc_ends"]),
         ) + b"".join(stored["doc_ids"])
+        for label in stored["languages"] + stored["exercises"]:
+            content += struct.pack("<I", len(label.encode())) + label.encode()
         assert stored["row_hash"] == xxhash.xxh3_64(content).intdigest()
     assert entry.name == "valid/shard-00007.arrow"
 
@@ -282,10 +287,48 @@ def forged(tmp_path: Path, row: PackedRow, column: str, value: list) -> FileEntr
     return entry.model_copy(update={"bytes": path.stat().st_size})
 
 
-@pytest.mark.parametrize("column", ["tokens", "spans", "doc_ends", "doc_ids", "row_hash"])
+@pytest.mark.parametrize(
+    "column", ["tokens", "spans", "doc_ends", "doc_ids", "languages", "exercises", "row_hash"]
+)
 def test_null_values_are_refused(tmp_path, rows, column) -> None:
     with pytest.raises(FormatError, match=r"null values|other documents"):
         read(tmp_path, forged(tmp_path, rows[0], column, [None]))
+
+
+def test_a_label_that_is_no_utf8_is_refused(tmp_path, rows) -> None:
+    """Found when a batch is first seen, and when it is damaged after that."""
+    row = dataclasses.replace(rows[0], languages=("französisch",) * len(rows[0].doc_ids))
+    entry = write(tmp_path, [row])
+    reader = TokenShard(
+        tmp_path, entry, dataset_id=DATASET_ID, split="train", shard=0, seq_len=SEQ_LEN
+    )
+    reader.row(0)
+    with open(tmp_path / entry.name, "r+b", buffering=0) as handle:
+        handle.seek((tmp_path / entry.name).read_bytes().index("ö".encode()))
+        handle.write(b"\xff")
+    with pytest.raises(FormatError, match=r"row 0 is damaged: a label is no UTF-8.*restore"):
+        reader.row(0)
+    with pytest.raises(FormatError, match=r"rows 0\.\.0 are damaged.*UTF"):
+        read(tmp_path, entry)
+
+
+@pytest.mark.parametrize("end", [-1, 2**30, 2**31 - 1])
+def test_the_end_of_a_label_outside_the_file_is_refused(tmp_path, rows, end) -> None:
+    """Damaged after the batch was checked, it still cuts nothing but the file's own texts: slices clamp."""
+    row = dataclasses.replace(rows[0], languages=("",) * (len(rows[0].doc_ids) - 1) + ("q" * 77,))
+    entry = write(tmp_path, [row])
+    reader = TokenShard(
+        tmp_path, entry, dataset_id=DATASET_ID, split="train", shard=0, seq_len=SEQ_LEN
+    )
+    reader.row(0)
+    offsets = np.array([0] * len(row.doc_ids) + [77], "<i4").tobytes()
+    with open(tmp_path / entry.name, "r+b", buffering=0) as handle:
+        handle.seek((tmp_path / entry.name).read_bytes().index(offsets) + len(offsets) - 4)
+        handle.write(struct.pack("<i", end))
+    with contextlib.suppress(FormatError):
+        assert values(reader.row(0)) == values(row)
+    with pytest.raises(FormatError, match=r"rows 0\.\.0 are damaged"):
+        read(tmp_path, entry)
 
 
 @pytest.mark.parametrize(
@@ -303,11 +346,17 @@ def test_null_values_are_refused(tmp_path, rows, column) -> None:
         ({"doc_ends_D": np.array([], np.int32)}, "not strictly ascending"),
         ({"doc_ids": (b"x" * 16,)}, "doc_ids do not match"),
         ({"doc_ids": (b"x" * 16, b"x" * 15)}, "doc_ids do not match"),
+        ({"languages": ("en",)}, "languages and exercises do not match"),
+        ({"exercises": ("rag", "", "")}, "languages and exercises do not match"),
     ],
 )
 def test_a_row_that_breaks_the_format_is_not_written(tmp_path, rows, change, message) -> None:
     good = dataclasses.replace(
-        rows[0], doc_ends_D=np.array([4, 8], np.int32), doc_ids=(b"x" * 16, b"y" * 16)
+        rows[0],
+        doc_ends_D=np.array([4, 8], np.int32),
+        doc_ids=(b"x" * 16, b"y" * 16),
+        languages=("en", ""),
+        exercises=("", "rag"),
     )
     with pytest.raises(FormatError, match=f"row 1 cannot be written.*{message}"):
         write(tmp_path, [good, dataclasses.replace(good, **change)])
