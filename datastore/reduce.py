@@ -79,12 +79,18 @@ def reduce_hidden(
     logits_NV = torch.empty(
         (min(chunk, num_rows), head_VD.shape[0]), dtype=torch.float32, device=hidden_ND.device
     )
+    space_NV = _kernels(hidden_ND.device).workspace(logits_NV)
     for start in range(0, num_rows, chunk):
         rows = slice(start, min(start + chunk, num_rows))
-        chunk_NV = logits_NV[: rows.stop - rows.start]
-        _head_logits(hidden_ND[rows], head_VD, out_NV=chunk_NV)
+        size = rows.stop - rows.start
+        _head_logits(hidden_ND[rows], head_VD, out_NV=logits_NV[:size])
         packed_NC[rows] = reduce_logits(
-            chunk_NV, realised_N[rows], uniforms_N[rows], threshold=threshold, shard=shard
+            logits_NV[:size],
+            realised_N[rows],
+            uniforms_N[rows],
+            threshold=threshold,
+            shard=shard,
+            space_NV=None if space_NV is None else space_NV[:size],
         )
     return packed_NC
 
@@ -103,11 +109,15 @@ def reduce_logits(
     *,
     threshold: float,
     shard: VocabShard,
+    space_NV: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Packed rows int32 [N, C] of fp32 logits [N, V] of this rank's shard; the same on every rank."""
+    """Packed rows int32 [N, C] of fp32 logits [N, V] of this rank's shard; the same on every rank.
+
+    Uses up the logits. space_NV: the device's workspace.
+    """
     kernels = _kernels(logits_NV.device)
     most = most_heads(threshold)
-    scalars_3N, blocks = kernels.measure(logits_NV, realised_N - shard.first_id)
+    scalars_3N, blocks = kernels.measure(logits_NV, realised_N - shard.first_id, space_NV)
     lse_RN, expectation_RN, realised_z_RN = shard.gather(scalars_3N).unbind(1)
     lse_N = lse_RN.logsumexp(0)
     entropy_N = lse_N - (expectation_RN * (lse_RN - lse_N).exp()).sum(0)

@@ -26,17 +26,26 @@ class Blocks:
         return (self.shard_lse_N - lse_N).exp() / self.total_N
 
 
-def measure(logits_NV: torch.Tensor, local_id_N: torch.Tensor) -> tuple[torch.Tensor, Blocks]:
-    """float64 [3, N]: log-sum-exp of the shard, expectation of its logits, logit of the realised id (0 elsewhere)."""
-    probs_NV = torch.softmax(logits_NV, dim=-1)
+def workspace(logits_NV: torch.Tensor) -> torch.Tensor:
+    """What `measure` needs beside the logits; fresh memory a chunk would cost more than the arithmetic (page faults)."""
+    return torch.empty_like(logits_NV)
+
+
+def measure(
+    logits_NV: torch.Tensor, local_id_N: torch.Tensor, space_NV: torch.Tensor
+) -> tuple[torch.Tensor, Blocks]:
+    """float64 [3, N]: log-sum-exp of the shard, expectation of its logits, logit of the realised id (0 elsewhere).
+
+    Uses up the logits.
+    """
+    probs_NV = torch.softmax(logits_NV, dim=-1, out=space_NV)
     probs_NBW = probs_NV.view(len(probs_NV), -1, _block_width(logits_NV.shape[1]))
     total_N = probs_NBW.sum(-1).double().sum(-1)  # 1 but for fp32 rounding of softmax's own sum
-    top_p_N, top_N = probs_NV.max(-1)
-    top_z_N = logits_NV.gather(1, top_N[:, None])[:, 0].double()
-    shard_lse_N = top_z_N - (top_p_N.double() / total_N).log()
-    product_NB = torch.linalg.vecdot(logits_NV.view_as(probs_NBW), probs_NBW)
-    expectation_N = product_NB.double().sum(-1) / total_N
-    scalars_3N = torch.stack([shard_lse_N, expectation_N, _owned_logit(logits_NV, local_id_N)])
+    realised_z_N = _owned_logit(logits_NV, local_id_N)
+    top_z_N = logits_NV.amax(-1).double()
+    shard_lse_N = top_z_N - (probs_NV.amax(-1).double() / total_N).log()
+    expectation_N = logits_NV.mul_(probs_NV).sum(-1).double() / total_N
+    scalars_3N = torch.stack([shard_lse_N, expectation_N, realised_z_N])
     return scalars_3N, Blocks(probs_NBW, total_N, shard_lse_N)
 
 
@@ -72,8 +81,10 @@ def split(
     ids_NK = heavy_NK.gather(1, where_NK // width) * width + where_NK % width
     in_use_NK = is_head_NKW.flatten(1).gather(1, where_NK)
     probs_NV = probs_NBW.flatten(1)
-    probs_NV.scatter_(1, ids_NK, probs_NV.gather(1, ids_NK).masked_fill(in_use_NK, 0.0))
-    heads = (logits_NV.gather(1, ids_NK), ids_NK.int(), in_use_NK.sum(-1))
+    p_NK = probs_NV.gather(1, ids_NK)
+    probs_NV.scatter_(1, ids_NK, p_NK.masked_fill(in_use_NK, 0.0))
+    z_NK = (p_NK.double() * share_N[:, None]).log() + lse_N[:, None]
+    heads = (z_NK.float(), ids_NK.int(), in_use_NK.sum(-1))
     return heads, mass_NB.double() * share_N[:, None]
 
 

@@ -25,7 +25,13 @@ class Blocks:
     stats_3NB: torch.Tensor
 
 
-def measure(logits_NV: torch.Tensor, local_id_N: torch.Tensor) -> tuple[torch.Tensor, Blocks]:
+def workspace(logits_NV: torch.Tensor) -> None:
+    """Nothing beside the logits."""
+
+
+def measure(
+    logits_NV: torch.Tensor, local_id_N: torch.Tensor, space_NV: None
+) -> tuple[torch.Tensor, Blocks]:
     """float64 [3, N]: log-sum-exp of the shard, expectation of its logits, logit of the realised id (0 elsewhere)."""
     num_rows, vocab = logits_NV.shape
     num_blocks = triton.cdiv(vocab, _BLOCK)
