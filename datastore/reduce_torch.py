@@ -27,7 +27,7 @@ class Blocks:
 
 
 def workspace(logits_NV: torch.Tensor) -> torch.Tensor:
-    """What `measure` needs beside the logits; fresh memory a chunk would cost more than the arithmetic (page faults)."""
+    """What `measure` needs beside the logits; fresh memory a chunk costs more than the arithmetic (page faults)."""
     return torch.empty_like(logits_NV)
 
 
