@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -110,15 +110,17 @@ class TargetTally:
         self,
         split: Split,
         row: PackedRow,
-        documents: list[DocTarget],
+        documents: list[DocTarget | None],
         target: SparseTarget,
         blob: bytes,
     ) -> None:
-        """A scored row. documents: as decoded from `blob`. target: `row_target` of them."""
+        """A row with targets. documents: as decoded from `blob`. target: `row_target` of them."""
         self.blob_bytes += len(blob)
+        scored = [document for document in documents if document is not None]
+        is_scored_D = np.array([document is not None for document in documents])
         counts = self.by_split.setdefault(split, {"documents": 0, "tokens": 0})
-        counts["documents"] += len(documents)
-        counts["tokens"] += int(row.doc_ends_D[-1])
+        counts["documents"] += len(scored)
+        counts["tokens"] += int(np.diff(row.doc_ends_D, prepend=0)[is_scored_D].sum())
         entries_P = np.diff(target.offsets_P1)
         position_of_E = np.repeat(np.arange(len(entries_P)), entries_P)
         in_head_E = (
@@ -138,7 +140,7 @@ class TargetTally:
         )
         masks = class_masks(row.tokens_T, row.spans_T, target.positions_P)
         for name, mask_P in masks.items():
-            entropy = math.fsum(getattr(document.entropy_sums, name) for document in documents)
+            entropy = math.fsum(getattr(document.entropy_sums, name) for document in scored)
             summed = quantities_4P[:, mask_P].sum(axis=1)
             self.sums[name] += [np.count_nonzero(mask_P), *summed, entropy]
 
@@ -184,6 +186,34 @@ class TargetTally:
         for figure, stated_value, found, tolerance in checks:
             if not abs(stated_value - found) <= tolerance:
                 yield f"{name}.{figure}: manifest {stated_value:.6g}, stored {found:.6g}"
+
+
+def sum_differences(parts: Iterable[Budget], whole: Budget) -> Iterator[str]:
+    """Every figure of `whole` that is not that of its parts together: means by positions, the worst KL their worst."""
+    budgets = list(parts)
+    positions = sum(budget.positions for budget in budgets)
+    blob_bytes = sum(budget.bytes_per_token * budget.positions for budget in budgets)
+    if positions != whole.positions:
+        yield f"positions {positions}, the budget {whole.positions}"
+    elif not math.isclose(blob_bytes, whole.bytes_per_token * positions, rel_tol=1e-9):
+        yield f"bytes {blob_bytes:.6g}, the budget {whole.bytes_per_token * positions:.6g}"
+    for name in CLASSES:
+        values = [getattr(budget, name) for budget in budgets]
+        found, stated = _together([v for v in values if v is not None]), getattr(whole, name)
+        of_whole = _together([stated] if stated is not None else [])
+        for figure, value in found.items():
+            if not math.isclose(value, of_whole[figure], rel_tol=1e-9, abs_tol=1e-9):
+                yield f"{name}.{figure} {value:.6g}, the budget {of_whole[figure]:.6g}"
+
+
+def _together(parts: list[ClassBudget]) -> dict[str, float]:
+    """Sums over positions of every figure of a class, but for the worst KL, which is a maximum."""
+    figures = [name for name in ClassBudget.model_fields if name not in ("positions", "kl_max")]
+    return {
+        "positions": sum(part.positions for part in parts),
+        "kl_max": max((part.kl_max for part in parts), default=0.0),
+        **{name: math.fsum(getattr(p, name) * p.positions for p in parts) for name in figures},
+    }
 
 
 def duplicate_documents(doc_ids: bytes | bytearray | memoryview) -> np.ndarray:

@@ -14,19 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import logs
-from common.errors import AlignmentError, FormatError, VpmoeError
-from common.files import sha256_file
-from datastore import codec
+from common.errors import FormatError, VpmoeError
 from datastore.alignment import require_same_source
-from datastore.budget import Budget
-from datastore.checks import (
-    RowTally,
-    TargetTally,
-    check_document,
-    check_padding,
-    duplicate_documents,
-)
-from datastore.id_order import IdOrder
+from datastore.checks import RowTally, check_document, check_padding, duplicate_documents
+from datastore.faults import Fault, Faults, verify_file
 from datastore.manifest import (
     MANIFEST_NAME,
     DatasetManifest,
@@ -34,26 +25,18 @@ from datastore.manifest import (
     load_dataset_manifest,
 )
 from datastore.reader import Dataset, TargetStore
-from datastore.shard import DOC_ID_BYTES, FileEntry, TargetShard, TokenShard, shard_name
-from datastore.target import row_target
+from datastore.shard import DOC_ID_BYTES, FileEntry, TokenShard, shard_name
 from datastore.types import SPLITS, PackedRow, Split
+from datastore.verify_targets import (
+    TargetCheck,
+    TargetJob,
+    TargetReport,
+    store_selection,
+    target_job,
+    target_prefix,
+    verify_store,
+)
 from datastore.workers import run_jobs
-
-
-@dataclass(frozen=True)
-class Fault:
-    """The first fault of a kind. file: relative to the dataset. row: within that file. count: of this kind in all."""
-
-    kind: str
-    file: str
-    row: int | None
-    message: str
-    count: int = 1
-
-    def __str__(self) -> str:
-        where = self.file if self.row is None else f"{self.file} row {self.row}"
-        more = f" (and {self.count - 1:,} more of this kind)" if self.count > 1 else ""
-        return f"{self.kind}: {where}: {self.message}{more}"
 
 
 def verify_dataset(folder: Path, *, workers: int = 1) -> list[Fault]:
@@ -70,14 +53,17 @@ def verify_dataset(folder: Path, *, workers: int = 1) -> list[Fault]:
     stores = list(_open_stores(dataset, faults))
     _verify_unlisted(folder, dataset.manifest, "", faults)
     for store in stores:
-        _verify_unlisted(store.path, store.manifest, _prefix(store.manifest.slug), faults)
+        _verify_unlisted(store.path, store.manifest, target_prefix(store.manifest.slug), faults)
     reports = _shard_reports(dataset, stores, workers)
     for report in reports:
         faults.merge(report.faults)
     _verify_counts(dataset.manifest, reports, faults)
     _verify_identities(reports, faults)
     for store in stores:
-        _verify_budget(store.manifest, reports, faults)
+        of_store: dict[Split, list[TargetReport]] = {split: [] for split in SPLITS}
+        for report in reports:
+            of_store[report.split].append(report.targets[store.manifest.slug])
+        verify_store(store.manifest, of_store, faults)
     return faults.found()
 
 
@@ -99,40 +85,6 @@ def target_slugs(folder: Path) -> list[str]:
     return sorted(path.parent.name for path in Path(folder).glob(f"targets/*/{MANIFEST_NAME}"))
 
 
-class Faults:
-    """Keeps the first fault of each kind and counts the rest."""
-
-    def __init__(self) -> None:
-        self._first: dict[str, Fault] = {}
-        self._counts: dict[str, int] = {}
-
-    def add(self, kind: str, file: str, row: int | None, message: str, count: int = 1) -> None:
-        self._first.setdefault(kind, Fault(kind, file, row, message))
-        self._counts[kind] = self._counts.get(kind, 0) + count
-
-    def merge(self, other: Faults) -> None:
-        for fault in other.found():
-            self.add(fault.kind, fault.file, fault.row, fault.message, fault.count)
-
-    def found(self) -> list[Fault]:
-        return [
-            Fault(kind, fault.file, fault.row, fault.message, self._counts[kind])
-            for kind, fault in self._first.items()
-        ]
-
-
-@dataclass(frozen=True)
-class TargetJob:
-    """The target shard of one teacher beside a token shard."""
-
-    slug: str
-    folder: Path
-    entry: FileEntry
-    target_id: str
-    threshold: float
-    order: IdOrder
-
-
 @dataclass(frozen=True)
 class ShardJob:
     """One token shard and the target shards beside it; all that a worker needs."""
@@ -147,14 +99,6 @@ class ShardJob:
 
 
 @dataclass
-class TargetReport:
-    """What was recounted of one target shard. is_whole: every target could be read, so the sums mean something."""
-
-    tally: TargetTally
-    is_whole: bool = True
-
-
-@dataclass
 class ShardReport:
     """What was found in one shard. is_whole: every row could be read.
 
@@ -165,7 +109,7 @@ class ShardReport:
     shard: int
     tally: RowTally
     targets: dict[str, TargetReport]
-    faults: Faults = field(default_factory=Faults)
+    faults: Faults
     is_whole: bool = True
     doc_ids: bytearray = field(default_factory=bytearray)
     read_rows: array[int] = field(default_factory=lambda: array("q"))
@@ -178,63 +122,48 @@ class ShardReport:
         self.read_rows.append(index)
         self.doc_ends.append(self.tally.documents)
 
+    def unreadable(self, kind: str, file: str, row: int | None, message: str) -> None:
+        """A fault that leaves something uncounted, here and in every target store."""
+        self.faults.add(kind, file, row, message)
+        for report in (self, *self.targets.values()):
+            report.is_whole = False
+
 
 def verify_shard(job: ShardJob) -> ShardReport:
     """Hash the files of a job, then read every row with its targets."""
-    name, place = job.entry.name, {"split": job.split, "shard": job.shard}
-    reports = {target.slug: TargetReport(TargetTally(target.threshold)) for target in job.targets}
-    report = ShardReport(tally=RowTally(job.seq_len), targets=reports, **place)
-    verify_file(job.folder, job.entry, "", report.faults)
-    for target in job.targets:
-        verify_file(target.folder, target.entry, _prefix(target.slug), report.faults)
+    name, faults = job.entry.name, Faults()
+    verify_file(job.folder, job.entry, "", faults)
+    checks = [TargetCheck(target, faults) for target in job.targets]
+    report = ShardReport(
+        split=job.split,
+        shard=job.shard,
+        tally=RowTally(job.seq_len),
+        targets={check.job.slug: check.report for check in checks},
+        faults=faults,
+    )
     try:
         tokens = TokenShard(
-            job.folder, job.entry, dataset_id=job.dataset_id, seq_len=job.seq_len, **place
+            job.folder,
+            job.entry,
+            dataset_id=job.dataset_id,
+            split=job.split,
+            shard=job.shard,
+            seq_len=job.seq_len,
         )
     except FormatError as error:
-        report.faults.add("shard", name, None, str(error))
-        report.is_whole = False
+        report.unreadable("shard", name, None, str(error))
         return report
-    beside = list(_open_target_shards(job, report))
     for index in range(tokens.num_rows):
         try:
             row = tokens.row(index)
         except FormatError as error:
-            report.faults.add("row", name, index, str(error))
-            report.is_whole = False
+            report.unreadable("row", name, index, str(error))
             continue
         report.add(row, index)
-        _verify_row(row, name, index, report.faults)
-        for target, shard in beside:
-            _verify_targets(target, shard, index, row, report)
+        _verify_row(row, name, index, faults)
+        for check in checks:
+            check.see(index, row)
     return report
-
-
-def verify_file(folder: Path, entry: FileEntry, prefix: str, faults: Faults) -> None:
-    """Presence, size and sha256 of a listed file; `prefix` leads its name in a fault."""
-    path, name = folder / entry.name, prefix + entry.name
-    if not path.is_file():
-        faults.add("missing file", name, None, "it is listed and absent")
-    elif (size := path.stat().st_size) != entry.bytes:
-        faults.add("file size", name, None, f"{size} bytes, the manifest lists {entry.bytes}")
-    elif (found := sha256_file(path)) != entry.sha256:
-        faults.add("file sha256", name, None, f"{found}, the manifest lists {entry.sha256}")
-
-
-def _open_target_shards(
-    job: ShardJob, report: ShardReport
-) -> Iterator[tuple[TargetJob, TargetShard]]:
-    place = {"split": job.split, "shard": job.shard}
-    for target in job.targets:
-        try:
-            yield (
-                target,
-                TargetShard(target.folder, target.entry, target_id=target.target_id, **place),
-            )
-        except FormatError as error:
-            file = _prefix(target.slug) + target.entry.name
-            report.faults.add("target shard", file, None, str(error))
-            report.targets[target.slug].is_whole = False
 
 
 def _verify_row(row: PackedRow, name: str, index: int, faults: Faults) -> None:
@@ -249,25 +178,6 @@ def _verify_row(row: PackedRow, name: str, index: int, faults: Faults) -> None:
             faults.add("document", name, index, f"document {number}: {error}")
 
 
-def _verify_targets(
-    target: TargetJob, shard: TargetShard, index: int, row: PackedRow, report: ShardReport
-) -> None:
-    try:
-        blob = shard.blob(index, row.row_hash)
-        if blob is None:
-            return
-        documents = codec.decode_blob(blob, row, target.order)
-        sparse = row_target(documents, row)
-        if sparse.threshold != target.threshold:
-            raise FormatError("threshold", got=sparse.threshold, expected=target.threshold)
-    except (FormatError, AlignmentError) as error:
-        kind = "targets" if isinstance(error, FormatError) else "alignment of targets"
-        report.faults.add(kind, _prefix(target.slug) + target.entry.name, index, str(error))
-        report.targets[target.slug].is_whole = False
-        return
-    report.targets[target.slug].tally.add(report.split, row, documents, sparse, blob)
-
-
 def _open_stores(dataset: Dataset, faults: Faults) -> Iterator[TargetStore]:
     for slug in target_slugs(dataset.path):
         try:
@@ -275,6 +185,7 @@ def _open_stores(dataset: Dataset, faults: Faults) -> Iterator[TargetStore]:
             if store.manifest.slug != slug:
                 raise FormatError("the slug", got=store.manifest.slug, expected=slug)
             require_same_source(store.manifest, dataset.manifest)
+            store_selection(store.manifest)
             yield store
         except VpmoeError as error:
             faults.add("target manifest", f"targets/{slug}/{MANIFEST_NAME}", None, str(error))
@@ -301,7 +212,7 @@ def _shard_reports(dataset: Dataset, stores: list[TargetStore], workers: int) ->
             split=split,
             shard=shard,
             seq_len=manifest.seq_len,
-            targets=tuple(_target_job(store, split, shard) for store in stores),
+            targets=tuple(target_job(store, split, shard) for store in stores),
         )
         for split in SPLITS
         for shard, entry in enumerate(manifest.entries(split))
@@ -312,18 +223,6 @@ def _shard_reports(dataset: Dataset, stores: list[TargetStore], workers: int) ->
             bar.advance(manifest.entries(report.split)[report.shard].rows)
             reports.append(report)
     return sorted(reports, key=lambda report: (SPLITS.index(report.split), report.shard))
-
-
-def _target_job(store: TargetStore, split: Split, shard: int) -> TargetJob:
-    manifest = store.manifest
-    return TargetJob(
-        slug=manifest.slug,
-        folder=store.path,
-        entry=manifest.entries(split)[shard],
-        target_id=manifest.target_id,
-        threshold=manifest.threshold,
-        order=store.order,
-    )
 
 
 def _verify_counts(manifest: DatasetManifest, reports: list[ShardReport], faults: Faults) -> None:
@@ -340,26 +239,6 @@ def _verify_counts(manifest: DatasetManifest, reports: list[ShardReport], faults
             faults.add("counts", MANIFEST_NAME, None, message)
 
 
-def _verify_budget(manifest: TargetManifest, reports: list[ShardReport], faults: Faults) -> None:
-    targets = [report.targets[manifest.slug] for report in reports]
-    if not all(report.is_whole for report in (*reports, *targets)):
-        return  # the sums of a part say nothing
-    tally, file = TargetTally(manifest.threshold), _prefix(manifest.slug) + MANIFEST_NAME
-    for target in targets:
-        tally.merge(target.tally)
-    try:
-        budget = Budget.model_validate(manifest.budget)
-    except ValueError as error:
-        faults.add("budget", file, None, str(error))
-        return
-    for difference in tally.differences(budget):
-        faults.add("budget", file, None, difference)
-    for split, stated in manifest.counts.items():
-        found = tally.by_split.get(split, {"documents": 0, "tokens": 0})
-        if stated != found:
-            faults.add("target counts", file, None, f"{split}: manifest {stated}, stored {found}")
-
-
 def _verify_identities(reports: list[ShardReport], faults: Faults) -> None:
     """No document twice, over all shards."""
     starts = list(itertools.accumulate((r.tally.documents for r in reports), initial=0))
@@ -371,7 +250,3 @@ def _verify_identities(reports: list[ShardReport], faults: Faults) -> None:
         name = doc_ids[document * DOC_ID_BYTES : (document + 1) * DOC_ID_BYTES].hex()
         file = shard_name(report.split, report.shard)
         faults.add("duplicate document", file, row, f"document {name} came before")
-
-
-def _prefix(slug: str) -> str:
-    return f"targets/{slug}/"

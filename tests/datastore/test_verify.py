@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from datastore import codec
 from datastore.checks import check_document, check_padding, duplicate_documents
 from datastore.cli import main
+from datastore.faults import Fault, Faults, verify_file
 from datastore.id_order import IdOrder
 from datastore.manifest import (
     DatasetManifest,
@@ -21,7 +22,7 @@ from datastore.manifest import (
 )
 from datastore.shard import write_token_shard
 from datastore.types import DocTarget, PackedRow, TargetSums
-from datastore.verify import Fault, Faults, verify_dataset, verify_file
+from datastore.verify import verify_dataset
 
 SEQ_LEN = 320
 
@@ -37,10 +38,7 @@ def whole(tmp_path_factory, handmade, rows) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     shards = {"train": [rows[:2], rows[2:4]], "valid": [rows[4:]]}
     handmade.write_dataset(folder, shards, seq_len=SEQ_LEN)
-    counts = {"train": {"documents": 6, "tokens": 0}, "valid": {"documents": 1, "tokens": 0}}
-    for split, manifest in load_dataset_manifest(folder).counts.items():
-        counts[split]["tokens"] = manifest.tokens
-    handmade.write_targets(folder, counts=counts)
+    handmade.write_targets(folder)
     return folder
 
 
@@ -335,7 +333,7 @@ def test_entropy_sums_that_the_budget_does_not_state(handmade, folder) -> None:
         return dataclasses.replace(document, entropy_sums=sums)
 
     faults = with_other_targets(handmade, folder, change)
-    assert [fault.kind for fault in faults] == ["budget"]
+    assert [fault.kind for fault in faults] == ["budget", "shard budgets"]
     assert "entropy" in faults[0].message
 
 
@@ -356,20 +354,15 @@ def test_every_figure_of_the_budget_is_recounted(folder, handmade, figure, chang
     budget = load_target_manifest(folder, "tiny").budget
     budget["final"][figure] += change
     handmade.write_targets(folder, budget=budget)
-    (fault,) = verify_dataset(folder)
-    assert fault.kind == "budget"
-    assert f"final.{figure}" in fault.message
+    fault, of_sum = verify_dataset(folder)
+    assert (fault.kind, of_sum.kind) == ("budget", "shard budgets")
+    assert f"final.{figure}" in fault.message and f"final.{figure}" in of_sum.message
 
 
 def test_counts_of_targets_are_recounted(folder, handmade) -> None:
     handmade.write_targets(folder, counts={"train": {"documents": 6, "tokens": 1}})
     (fault,) = verify_dataset(folder)
     assert fault.kind == "target counts"
-
-
-def test_rows_without_targets_are_no_fault(folder, handmade) -> None:
-    handmade.write_targets(folder, unscored=(0,))
-    assert verify_dataset(folder) == []
 
 
 def test_an_unfinished_stage_is_no_fault(folder) -> None:
