@@ -39,11 +39,13 @@ def main() -> None:
     "--manifest", type=click.Path(path_type=Path), required=True, help="A config of configs/data/."
 )
 @click.option("--workers", type=click.IntRange(min=1), help="Processes. [default: usable cores]")
-def build(overrides: tuple[str, ...], manifest: Path, workers: int | None) -> None:
+@click.option("--ray", metavar="ADDRESS", help="Build in Ray: auto, local or HOST:PORT.")
+def build(overrides: tuple[str, ...], manifest: Path, workers: int | None, ray: str | None) -> None:
     """Build a dataset: render, split, pack and write shards; the manifest comes last.
 
-    The output is the same for any number of workers. Started again with the same command after a crash it keeps the
-    finished shards; a finished dataset is left as it is. Exit codes: 0 done, 1 source, disk or another build, 2 config.
+    The output is the same for any number of workers, here or in Ray. Started again with the same command after a crash
+    it keeps the finished shards; a finished dataset is left as it is. Exit codes: 0 done, 1 source, disk or another
+    build, 2 config.
 
     \b
     vpmoe-data build --manifest configs/data/synth.yaml
@@ -57,31 +59,53 @@ def build(overrides: tuple[str, ...], manifest: Path, workers: int | None) -> No
     from datastore.summary import print_summary
 
     config = load_config(DataConfig, manifest, overrides)
-    dataset = build_dataset(config, workers=workers or len(os.sched_getaffinity(0)))
+    dataset = build_dataset(config, workers=workers or len(os.sched_getaffinity(0)), ray=ray)
     print_summary(Path(config.out), dataset)
 
 
 @main.command()
 @click.argument("arguments", nargs=-1, metavar="[DATASET] [KEY=VALUE]...")
 @click.option("--teacher", "name", required=True, help="NAME of configs/teacher/NAME.yaml.")
-def score(arguments: tuple[str, ...], name: str) -> None:
+@click.option("--fraction", type=float, help="Score this share of the rows, by hash. [default: 1]")
+@click.option("--language", "languages", multiple=True, help="Only these documents; repeatable.")
+@click.option("--exercise", "exercises", multiple=True, help="Only these documents; repeatable.")
+@click.option("--min-tokens", type=int, help="Only documents of at least so many tokens.")
+@click.option("--max-tokens", type=int, help="Only documents of at most so many tokens.")
+@click.option("--engines", type=click.IntRange(min=1), help="At most so many. [default: all GPUs]")
+@click.option("--ray", metavar="ADDRESS", help="Score in Ray: auto, local or HOST:PORT.")
+def score(
+    arguments: tuple[str, ...],
+    name: str,
+    ray: str | None,
+    engines: int | None,
+    **selected: float | tuple[str, ...] | None,
+) -> None:
     """Score a dataset with a teacher: sparse targets for both splits, one shard beside each token shard.
 
-    Started again with the same command it keeps finished shards.
+    One engine runs on each visible GPU (or tensor-parallel group), with --ray on each of the cluster. Killed at any
+    moment and started again with the same command it keeps what is scored. A document that no engine can score is
+    quarantined, with the reason in the manifest.
 
     \b
     vpmoe-data score --teacher gpt-oss-120b
+    vpmoe-data score --teacher gpt-oss-120b name=gpt-oss-120b-pilot --fraction 0.001
+    vpmoe-data score --teacher gpt-oss-120b --ray auto
     vpmoe-data score --teacher tiny data/demo engine.max_num_seqs=16
     """
-    from common.config import load_config, named_config
+    from common.config import load_config, named_config, parse_config
     from datastore.score import score_dataset
+    from datastore.selection import Selection
     from datastore.teacher import TeacherConfig
 
     dataset, overrides = _dataset_and_overrides(arguments)
     teacher = load_config(TeacherConfig, named_config("teacher", name), overrides)
-    manifest = score_dataset(dataset, teacher)
+    chosen = {key: value for key, value in selected.items() if value is not None}
+    selection = parse_config(Selection, chosen, "the options of score")
+    manifest = score_dataset(dataset, teacher, selection=selection, ray=ray, engines=engines)
     tokens = sum(counts["tokens"] for counts in manifest.counts.values())
     click.echo(f"{dataset}/targets/{manifest.slug}: {tokens:,} tokens, target {manifest.target_id}")
+    for document in manifest.quarantine:
+        click.echo(f"quarantined: {document.doc_id} ({document.reason})", err=True)
 
 
 @main.command()
@@ -212,3 +236,94 @@ def stats(dataset: Path | None) -> None:
     from datastore.stats import print_stats
 
     print_stats(dataset or default_dataset(), make_console())
+
+
+@main.command()
+@click.argument("dataset", required=False, type=click.Path(path_type=Path))
+@click.option("--teacher", required=True, help="Whose targets to read.")
+@click.option("--split", type=click.Choice(["train", "valid"]), help="[default: both]")
+@click.option("--rows", type=click.IntRange(min=1), help="Scored rows, evenly. [default: all]")
+@click.option("--worst", type=click.IntRange(min=0), default=10, show_default=True)
+@click.option("--json", "file", type=click.Path(path_type=Path), help="Also write it here.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes. [default: usable cores]")
+def audit(
+    dataset: Path | None,
+    teacher: str,
+    split: Literal["train", "valid"] | None,
+    rows: int | None,
+    worst: int,
+    file: Path | None,
+    workers: int | None,
+) -> None:
+    """Tell how well a teacher likes the text of DATASET, from its stored targets: does cross entropy fight it?
+
+    Mean logprob of the text's own tokens beside the teacher's entropy, by span, language, exercise and position;
+    improbable stretches; the worst documents. No engine runs: score a small fraction first.
+
+    \b
+    vpmoe-data audit --teacher gpt-oss-120b-pilot
+    vpmoe-data audit data/demo --teacher tiny --rows 1000 --worst 20 --json audit.json
+    """
+    import os
+
+    from common.files import write_json
+    from datastore.audit import audit_targets
+    from datastore.audit_report import print_audit
+    from datastore.show import make_console
+    from datastore.types import SPLITS
+
+    report = audit_targets(
+        dataset or default_dataset(),
+        teacher,
+        splits=(split,) if split else SPLITS,
+        max_rows=rows,
+        worst=worst,
+        workers=workers or len(os.sched_getaffinity(0)),
+    )
+    if file:
+        write_json(file, report.resolved())
+    print_audit(report, make_console())
+
+
+@main.command()
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--teacher", "name", required=True, help="NAME of configs/teacher/NAME.yaml.")
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", type=click.IntRange(0, 65535), default=8765, show_default=True)
+@click.option(
+    "--token-file",
+    type=click.Path(path_type=Path),
+    help="A file with the bearer token that clients must send. [default: $VPMOE_TOKEN, or none]",
+)
+@click.option("--no-token", is_flag=True, help="Serve another HOST than loopback without a token.")
+def serve(
+    overrides: tuple[str, ...],
+    name: str,
+    host: str,
+    port: int,
+    token_file: Path | None,
+    no_token: bool,
+) -> None:
+    """Serve a teacher over HTTP: token ids and spans in, sparse targets out (docs/serve.md).
+
+    Ready once the engine has passed its canary. SIGTERM finishes the requests in flight, then exits with 0; a dead
+    engine exits with 1, for a supervisor to start it again. KEY=VALUE changes the teacher's config, serve.KEY=VALUE
+    configs/serve/default.yaml.
+
+    \b
+    vpmoe-data serve --teacher gpt-oss-120b
+    vpmoe-data serve --teacher tiny --port 9000 engine.max_num_seqs=16 serve.queue_tokens=100000
+    vpmoe-data serve --teacher gpt-oss-120b --host 0.0.0.0 --token-file teacher.token
+    """
+    from common.config import load_config, named_config
+    from datastore import serve as server
+    from datastore.serve_app import ServeConfig
+    from datastore.teacher import TeacherConfig
+
+    ours = tuple(o.removeprefix("serve.") for o in overrides if o.startswith("serve."))
+    others = tuple(o for o in overrides if not o.startswith("serve."))
+    teacher = load_config(TeacherConfig, named_config("teacher", name), others)
+    config = load_config(ServeConfig, named_config("serve", "default"), ours)
+    token = server.read_token(token_file)
+    server.require_guarded(host, token, no_token=no_token)
+    server.serve_teacher(teacher, config, host=host, port=port, token=token)

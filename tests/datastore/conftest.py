@@ -183,12 +183,13 @@ def write_targets(
     slug: str = "tiny",
     unscored: tuple[int, ...] = (),
     documents_of: Callable[[PackedRow], list[DocTarget | None]] = row_documents,
+    budget_of: Callable[[PackedRow], list[DocTarget | None]] = row_documents,
     **changes,
 ) -> TargetManifest:
     """A committed target store for a whole dataset.
 
     Rows numbered in `unscored` (of a split), or of which `documents_of` gives only None, get no blob. Budgets state
-    what `row_documents` of the scored documents holds.
+    what `budget_of` of the scored documents holds.
     """
     dataset, order = Dataset.open(folder), IdOrder.identity()
     order.write(target_folder(folder, slug))
@@ -209,7 +210,7 @@ def write_targets(
                     continue
                 blob = codec.encode_blob(documents, row, order)
                 blobs.append((row.row_hash, blob))
-                exact = [d if n in scored else None for n, d in enumerate(row_documents(row))]
+                exact = [d if n in scored else None for n, d in enumerate(budget_of(row))]
                 of_shard = of_shard.merged(row_budget(exact, blob, row, order))
                 counts[split]["documents"] += len(scored)
                 lengths = np.diff(row.doc_ends_D, prepend=0)
