@@ -10,14 +10,16 @@ import yaml
 from common.config import CONFIG_ROOT, Config, load_config
 from common.errors import ConfigError
 from datastore.build import DataConfig
+from datastore.serve_app import ServeConfig
 from datastore.teacher import TeacherConfig
 from trainer.config import KDConfig, StudentConfig
 from trainer.parameters import parameter_counts
 
-KINDS = (DataConfig, TeacherConfig, StudentConfig, KDConfig)
+KINDS = (DataConfig, TeacherConfig, ServeConfig, StudentConfig, KDConfig)
 FOLDERS = {
     "data": DataConfig,
     "teacher": TeacherConfig,
+    "serve": ServeConfig,
     "student": StudentConfig,
     "configs": KDConfig,
 }

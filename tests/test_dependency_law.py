@@ -28,10 +28,13 @@ TRAINER_MAY_TAKE = {
         "alignment",
         "budget",
         "harmony",
+        "scoring_client",
     ]
 }
 ENGINES = {
     "vllm": ("datastore.vllm_scorer", "datastore.vllm_plugin"),
+    "fastapi": ("datastore.serve_app",),
+    "uvicorn": ("datastore.serve",),
     "megatron": ("trainer.megatron",),
     "transformer_engine": ("trainer.megatron",),
 }
@@ -42,6 +45,7 @@ PURE = {
         for name in ["types", "harmony", "split", "packing", "order", "target", "codec"]
     ),
     *("datastore.budget", "datastore.alignment", "trainer.batch"),
+    *("datastore.scoring_protocol", "datastore.serve_prompt"),
 }
 IMPURE_IMPORTS = {
     "os",
