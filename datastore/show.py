@@ -160,11 +160,14 @@ def _print_targets(
 ) -> None:
     documents = store.documents(split, index, row)
     if documents is None:
-        console.print(f"Targets of {store.manifest.slug}: this row was not scored.", markup=False)
+        console.print(f"Targets of {store.manifest.slug}: not scored.", markup=False)
         return
     target = row_target(documents, row)
     chosen = shown_positions(row, target, positions)
     console.print(_targets_table(store.manifest, row, target, chosen))
+    if missing := [number for number, document in enumerate(documents) if document is None]:
+        numbers = ", ".join(map(str, missing))
+        console.print(f"Not scored: document {numbers} of {len(documents)}.", markup=False)
     console.print(
         f"{len(chosen):,} of {len(target.positions_P):,} entries; entry t scores token t+1. "
         "Choose others with --positions a:b.",

@@ -62,7 +62,7 @@ def test_ordinary_text_cannot_pose_as_control_or_command_the_terminal(folder) ->
     text = shown(folder, "--row", "1")
     assert "literal <\\|start|>, ␛[31mred, [bold]markup[/bold], 日本語 \ufffd<|return|>" in text
     assert "\x1b" not in text
-    assert "this row was not scored" in text
+    assert "Targets of tiny: not scored." in text
 
 
 def test_colours_mark_spans_on_a_terminal(folder) -> None:
@@ -96,6 +96,21 @@ def test_the_table_holds_the_stored_numbers(folder, handmade) -> None:
 
 def is_entry(line: str) -> bool:
     return line.split()[0].isdecimal() and (" reasoning " in line or " final " in line)
+
+
+def test_documents_without_targets_are_named(tmp_path, handmade) -> None:
+    row = handmade.pack([handmade.document(n) for n in (0, 1)], SEQ_LEN)
+    handmade.write_dataset(tmp_path, {"train": [[row]], "valid": []}, seq_len=SEQ_LEN)
+
+    def second(row) -> list:
+        return [None, handmade.row_documents(row)[1]]
+
+    handmade.write_targets(tmp_path, documents_of=second)
+    text = shown(tmp_path, "--positions", "0:320")
+    assert "Not scored: document 0 of 2." in text
+    table = [int(line.split()[0]) for line in text.splitlines() if line.split() and is_entry(line)]
+    expected = row_target(second(row), row).positions_P.tolist()
+    assert table == expected and min(table) > row.doc_ends_D[0]
 
 
 def test_positions_are_chosen_by_place_or_by_span(folder, handmade) -> None:
