@@ -27,7 +27,8 @@ import pyarrow.parquet as pq
 from common import tokenizer
 from common.config import PROJECT_ROOT
 from common.provenance import package_versions
-from datastore.build import DataConfig, build_dataset
+from datastore.build import build_dataset
+from datastore.data_config import DataConfig
 from datastore.manifest import DatasetManifest
 from demo.sample import SCHEMA, write_sample
 

@@ -14,7 +14,7 @@ from common.errors import FormatError
 def default_dataset() -> Path:
     """The `out` of configs/data/synth.yaml: where a command without DATASET looks."""
     from common.config import CONFIG_ROOT, load_config
-    from datastore.build import DataConfig
+    from datastore.data_config import DataConfig
 
     return Path(load_config(DataConfig, CONFIG_ROOT / "data" / "synth.yaml").out)
 
@@ -55,7 +55,8 @@ def build(overrides: tuple[str, ...], manifest: Path, workers: int | None, ray: 
     import os
 
     from common.config import load_config
-    from datastore.build import DataConfig, build_dataset
+    from datastore.build import build_dataset
+    from datastore.data_config import DataConfig
     from datastore.summary import print_summary
 
     config = load_config(DataConfig, manifest, overrides)

@@ -29,15 +29,30 @@ WORK = ".work"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UnitJob:
-    """Everything that a worker needs to make unit `unit`, whose train shard has the same number.
-
-    repeats: numbers of the rows, counted from the unit's first, whose synth_id an earlier row of the input has.
-    """
+class Unit:
+    """Unit `unit` of a dataset in the making, whose train shard has the same number. folder: the dataset's."""
 
     folder: Path
     dataset_id: str
     unit: int
+
+    @property
+    def record_path(self) -> Path:
+        return self.folder / WORK / f"unit-{self.unit:05d}.json"
+
+    @property
+    def source_rows(self) -> int:
+        """Rows of the input, the measure of the work."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitJob(Unit):
+    """Everything that a worker needs to make a unit of a build.
+
+    repeats: numbers of the rows, counted from the unit's first, whose synth_id an earlier row of the input has.
+    """
+
     segments: tuple[Segment, ...]
     repeats: frozenset[int]
     render: RenderConfig
@@ -51,8 +66,8 @@ class UnitJob:
         return self.folder / WORK / f"unit-{self.unit:05d}.valid.npz"
 
     @property
-    def record_path(self) -> Path:
-        return self.folder / WORK / f"unit-{self.unit:05d}.json"
+    def source_rows(self) -> int:
+        return sum(segment.rows for segment in self.segments)
 
 
 class RowCounts(Config):
@@ -87,14 +102,17 @@ class RowCounts(Config):
 
 
 class UnitRecord(Config):
-    """What a finished unit left on disk; written after its files. fragment_sha256: of the valid fragment."""
+    """What a finished unit left on disk; written after its files.
+
+    work_files: sha256 of those in .work, by their names. rejects, truncated: documents by reason.
+    """
 
     dataset_id: str
     unit: int
     source_rows: int
     train: FileEntry
     train_counts: RowCounts
-    fragment_sha256: str
+    work_files: dict[str, str]
     rejects: dict[str, int]
     truncated: dict[str, int]
 
@@ -150,10 +168,10 @@ def build_unit(job: UnitJob) -> UnitRecord:
     record = UnitRecord(
         dataset_id=job.dataset_id,
         unit=job.unit,
-        source_rows=sum(segment.rows for segment in job.segments),
+        source_rows=job.source_rows,
         train=entry,
         train_counts=counter.counts,
-        fragment_sha256=sha256_file(job.fragment_path),
+        work_files={job.fragment_path.name: sha256_file(job.fragment_path)},
         rejects=dict(rejects),
         truncated=dict(truncated),
     )
@@ -161,14 +179,17 @@ def build_unit(job: UnitJob) -> UnitRecord:
     return record
 
 
-def finished_unit(job: UnitJob) -> UnitRecord | None:
+def finished_unit(job: Unit) -> UnitRecord | None:
     """The record of a unit that an earlier run finished, if its files are still exactly those; else None."""
     try:
         record = UnitRecord.model_validate_json(job.record_path.read_bytes())
         is_whole = (
             record.dataset_id == job.dataset_id
             and sha256_file(job.folder / record.train.name) == record.train.sha256
-            and sha256_file(job.fragment_path) == record.fragment_sha256
+            and all(
+                sha256_file(job.folder / WORK / name) == sha256
+                for name, sha256 in record.work_files.items()
+            )
         )
     except (FileNotFoundError, ValueError):
         return None

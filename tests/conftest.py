@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from common.config import PROJECT_ROOT
-from datastore.build import DataConfig, build_dataset
+from datastore.build import build_dataset
+from datastore.data_config import DataConfig
 from datastore.source import COLUMNS
 from datastore.types import SourceRow
 from demo.sample import write_sample

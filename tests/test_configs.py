@@ -9,7 +9,7 @@ import yaml
 
 from common.config import CONFIG_ROOT, Config, load_config
 from common.errors import ConfigError
-from datastore.build import DataConfig
+from datastore.data_config import DataConfig
 from datastore.serve_app import ServeConfig
 from datastore.teacher import TeacherConfig
 from trainer.config import KDConfig, StudentConfig

@@ -17,7 +17,8 @@ import pytest
 from common.config import CONFIG_ROOT, PROJECT_ROOT
 from common.errors import ResumeError, SourceError, VpmoeError
 from common.files import exclusive_lock, sha256_file
-from datastore.build import DataConfig, build_dataset
+from datastore.build import build_dataset
+from datastore.data_config import DataConfig
 from datastore.harmony import parse
 from datastore.reader import Dataset
 from datastore.types import SPLITS
@@ -168,7 +169,8 @@ _KILL_AT_EVERY_COMMIT = """
 import json, os, shutil, signal, sys
 from pathlib import Path
 from common import tokenizer
-from datastore.build import DataConfig, build_dataset
+from datastore.build import build_dataset
+from datastore.data_config import DataConfig
 
 config = DataConfig(**json.loads(sys.argv[1]))
 tokenizer.encoding()

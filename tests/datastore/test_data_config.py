@@ -6,7 +6,8 @@ import pytest
 
 from common.config import CONFIG_ROOT, load_config
 from common.errors import ConfigError
-from datastore.build import DataConfig, build_dataset
+from datastore.build import build_dataset
+from datastore.data_config import DataConfig
 
 
 def test_shipped_configs_are_as_documented():

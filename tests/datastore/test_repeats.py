@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from datastore.build import DataConfig, build_dataset
+from datastore.build import build_dataset
+from datastore.data_config import DataConfig
 from datastore.reader import Dataset
 from datastore.repeats import repeated_rows
 from datastore.verify import verify_dataset
