@@ -34,8 +34,22 @@ def print_stats(folder: Path, console: Console) -> None:
     title = f"tokens a document ({len(lengths):,} documents of {rows:,} of {total:,} rows)"
     if len(lengths):
         console.print(_histogram_table(lengths, title))
+    documents = sum(counts.documents for counts in dataset.manifest.counts.values())
     for slug in target_slugs(folder):
-        console.print(_budget_table(load_target_manifest(folder, slug)))
+        manifest = load_target_manifest(folder, slug)
+        console.print(_budget_table(manifest))
+        console.print(scored_line(manifest, documents), markup=False, soft_wrap=True)
+
+
+def scored_line(manifest: TargetManifest, documents: int) -> str:
+    """How many of a dataset's documents are scored, by which selection, and how many no engine could score."""
+    scored = sum(counts["documents"] for counts in manifest.counts.values())
+    share = scored / documents if documents else 0.0
+    chosen = [f"{key} {value}" for key, value in manifest.selection.items() if value]
+    parts = [f"scored: {scored:,} of {documents:,} documents ({share:.1%})", *chosen]
+    if manifest.quarantine:
+        parts.append(f"quarantined: {len(manifest.quarantine):,}")
+    return "; ".join(parts)
 
 
 def document_lengths(dataset: Dataset, max_rows: int) -> tuple[np.ndarray, int]:

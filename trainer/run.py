@@ -164,7 +164,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def step_line(step: int, steps: int, values: dict[str, float]) -> str:
-    """A step as people read it; r, f and c are reasoning, final and control tokens."""
+    """A step as people read it; r, f and c are reasoning, final and control tokens, kd the share that uses targets."""
     losses = "  ".join(
         f"{quantity} "
         + " ".join(f"{name[0]} {values[f'loss/{quantity}/{name}']:.3f}" for name in names)
@@ -177,6 +177,7 @@ def step_line(step: int, steps: int, values: dict[str, float]) -> str:
     )
     return (
         f"step {step}/{steps}  loss {values['loss/total']:.4f}  {losses}  "
+        f"kd {100 * values['loss/scored_share/total']:.0f}%  "
         f"grad {values['grad_norm']:.3f}  lr {values['lr']:.2e}  load {values['router/load_entropy']:.3f}  "
         f"{values['tokens_per_sec']:,.0f} tok/s  {values['seconds/step']:.2f} s ({phases})"
     )

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datastore.cli import main
-from datastore.manifest import load_target_manifest
+from datastore.manifest import QuarantinedDocument, load_target_manifest
 from datastore.reader import Dataset
-from datastore.stats import document_lengths, histogram
+from datastore.stats import document_lengths, histogram, scored_line
 
 SEQ_LEN = 320
 
@@ -35,10 +35,24 @@ def test_counts_lengths_and_budget_are_printed(folder, handmade) -> None:
     assert train[1:5] == ["1", "2", "3", f"{counts.tokens:,}"]
     assert "empty_query 2" in result.stdout
     assert "4 documents of 3 of 3 rows" in result.stdout
+    assert "scored: 4 of 4 documents (100.0%)" in result.stdout
     budget = load_target_manifest(folder, "tiny").budget
     (final,) = [line.split() for line in lines if line.split()[:1] == ["final"]]
     assert float(final[1]) == budget["final"]["positions"]
     assert float(final[-1]) == pytest.approx(budget["final"]["entropy"], rel=1e-3)
+
+
+def test_what_was_selected_and_scored_is_one_line(folder, handmade) -> None:
+    half = {"fraction": 0.5, "languages": ["en"], "exercises": [], "min_tokens": None}
+    manifest = load_target_manifest(folder, "tiny")
+    assert scored_line(manifest, 4) == "scored: 4 of 4 documents (100.0%)"
+    poison = {"split": "train", "shard": 0, "row": 0, "document": 0, "doc_id": "", "reason": ""}
+    part = manifest.model_copy(
+        update={"selection": half, "quarantine": (QuarantinedDocument(**poison),)}
+    )
+    assert scored_line(part, 16) == (
+        "scored: 4 of 16 documents (25.0%); fraction 0.5; languages ['en']; quarantined: 1"
+    )
 
 
 def test_lengths_are_those_of_the_documents(folder, handmade) -> None:

@@ -79,7 +79,7 @@ def _class_members(batch: Batch) -> torch.Tensor:
 def loss_metrics(sums_CM: torch.Tensor, prefix: str = "loss") -> dict[str, float]:
     """Names and values from the sums of a whole step (or of an evaluation): `loss/ce/reasoning`, `loss/kl/control`.
 
-    positions, scored_share: how many targets, and the share that the teacher scored. ce: mean over all targets.
+    positions, scored_share: how many targets, and the share that uses the teacher's. ce: mean over all targets.
     kd, kl, entropy, teacher_nll: means over scored targets, in nats; kl = kd - the teacher's exact entropy, an
     estimate without bias that can fall below 0 by the noise of the draws. weight: the class's share of L's
     coefficients (sum over its targets), weight of the span times its mean confidence weight. label_top1, teacher_top1:
@@ -89,10 +89,15 @@ def loss_metrics(sums_CM: torch.Tensor, prefix: str = "loss") -> dict[str, float
     metrics: dict[str, float] = {}
     for name, row in zip(CLASSES, sums_CM.tolist(), strict=True):
         metrics |= _class_metrics(dict(zip(QUANTITIES, row, strict=True)), prefix, name)
-    total, weight = (
-        sums_CM[:2, QUANTITIES.index(name)].sum().item() for name in ("loss", "weight")
+    total, weight, positions, scored = (
+        sums_CM[:2, QUANTITIES.index(name)].sum().item()
+        for name in ("loss", "weight", "positions", "scored")
     )
-    return metrics | {f"{prefix}/total": total, f"{prefix}/weight/total": weight}
+    return metrics | {
+        f"{prefix}/total": total,
+        f"{prefix}/weight/total": weight,
+        f"{prefix}/scored_share/total": scored / positions if positions else 0.0,
+    }
 
 
 def _class_metrics(sums: dict[str, float], prefix: str, name: str) -> dict[str, float]:
