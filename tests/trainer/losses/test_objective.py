@@ -93,6 +93,40 @@ def test_vanilla_rows_train_with_ce_alone_at_full_weight(rows, model, kd_weight:
     assert metrics["loss/kd/final"] == pytest.approx(kd[final].mean().item(), rel=1e-6)
 
 
+def some_documents(rows: list[Row]) -> list[list[DocTarget | None] | None]:
+    """Row 1 has no targets at all, row 0 none of its first document, rows 2 and 4 none of their second."""
+    targets: list[list[DocTarget | None] | None] = [list(documents) for _, documents in rows]
+    targets[1] = None
+    for row, document in ((0, 0), (2, 1), (4, 1)):
+        targets[row][document] = None
+    return targets
+
+
+@pytest.mark.parametrize("kd_weight", [0.3, 1.0])
+def test_documents_without_targets_train_with_ce_beside_scored_ones(rows, model, kd_weight) -> None:
+    batch = make_batch([row for row, _ in rows], some_documents(rows))
+    ce, kd = position_losses(batch, *model)
+    scored = torch.ones(8, SEQ_LEN, dtype=torch.bool)
+    scored[1] = False
+    for row, document in ((0, 0), (2, 1), (4, 1)):
+        scored[row][batch.doc_ids_BT[row] == document] = False
+    mixed = torch.where(scored, (1 - kd_weight) * ce + kd_weight * kd, ce)
+    spans = {"reasoning": batch.label_spans_BT == 1, "final": batch.label_spans_BT == 2}
+    loss, metrics = run(batch, model, LossConfig(kd_weight=kd_weight))
+    assert loss == pytest.approx(float(sum(mixed[at].mean() for at in spans.values())), rel=1e-6)
+    for name, at in spans.items():
+        both = at & scored
+        assert 0 < both.sum() < at.sum()
+        assert metrics[f"loss/positions/{name}"] == at.sum()
+        assert metrics[f"loss/scored_share/{name}"] == pytest.approx(
+            (both.sum() / at.sum()).item(), rel=1e-6
+        )
+        assert metrics[f"loss/kd/{name}"] == pytest.approx(kd[both].mean().item(), rel=1e-6)
+        nll = -batch.teacher_logprob_BT[both].double().mean().item()
+        assert metrics[f"loss/teacher_nll/{name}"] == pytest.approx(nll, rel=1e-6)
+        assert metrics[f"loss/ce/{name}"] == pytest.approx(ce[at].mean().item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("split", [[8], [1] * 8, [3, 5], [2, 2, 4], [7, 1]])
 def test_any_split_of_the_global_batch_is_the_same(rows, model, split: list[int]) -> None:
     """Micro-batches, accumulation and data parallel ranks are all splits: each part knows only global counts."""
@@ -102,7 +136,7 @@ def test_any_split_of_the_global_batch_is_the_same(rows, model, split: list[int]
         confidence={"m": -3.0, "tau": 2.0, "w_min": 0.2, "w_max": 1.5},
         chunk_tokens=13,
     )
-    documents = [None if b in (2, 6) else documents for b, (_, documents) in enumerate(rows)]
+    documents = some_documents(rows)
     packed = [row for row, _ in rows]
 
     def total(sizes: list[int]) -> tuple[torch.Tensor, ...]:
