@@ -28,13 +28,16 @@ PROGRAM = str(Path(sys.executable).with_name("vpmoe-train"))
 
 @pytest.fixture(scope="module")
 def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset with targets, and a config that trains a very small student with the real vocabulary on it."""
+    """A dataset of which every other row is scored, and a config that trains a very small student on it.
+
+    Three of four rows of a global batch use targets, so the stream mixes two orders.
+    """
     folder = tmp_path_factory.mktemp("runs")
     rows = [made.pack([made.document(number % 6)], SEQ_LEN) for number in range(28)]
     made.write_dataset(
         folder / "data", {"train": [rows[:14], rows[14:21]], "valid": [rows[21:]]}, seq_len=SEQ_LEN
     )
-    made.write_targets(folder / "data", unscored=(3,))
+    made.write_targets(folder / "data", unscored=tuple(range(0, 21, 2)))
     student = tiny_config().student.resolved() | {
         "vocab_size": 201_088,
         "hidden": 16,
@@ -161,6 +164,8 @@ def whole(config_path: Path) -> Path:
     """A run on one process that nothing stopped."""
     run = config_path.parent / "whole"
     _train(1, config_path, run)
+    shares = [share for _, share in _steps(run, "loss/scored_share/total")]
+    assert shares == pytest.approx([0.75] * STEPS, abs=0.01)
     return run
 
 
