@@ -226,8 +226,9 @@ class KDConfig(ModelRuntime):
     """One run of `vpmoe-train kd`.
 
     run: folder of the run. dataset: a built dataset; its valid split is evaluated. teacher: slug of the targets
-    under it, null for cross entropy alone. kd_share: part of every global batch's rows whose targets are used (the
-    others train with cross entropy). budget: limits on the targets' own error, checked before the first step.
+    under it, null for cross entropy alone. kd_share: part of every global batch's rows that use their targets; the
+    others train with cross entropy. Where only a part of the rows is scored it mixes the two kinds, and 1 reads scored
+    rows alone (docs/order.md). budget: limits on the targets' own error, checked before the first step.
     steps: optimizer steps.
     """
 
