@@ -287,6 +287,46 @@ def audit(
 
 
 @main.command()
+@click.argument("dataset", required=False, type=click.Path(path_type=Path))
+@click.option("--teacher", required=True, help="Whose targets are the pilot.")
+@click.option("--documents", type=click.IntRange(min=1), help="[default: all of DATASET]")
+@click.option("--tokens", type=click.IntRange(min=1), help="Instead of --documents.")
+@click.option("--gpus", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--gpu-hour-price", "price", type=click.FloatRange(min=0), help="USD.")
+@click.option("--json", "file", type=click.Path(path_type=Path), help="Also write it here.")
+def plan(
+    dataset: Path | None,
+    teacher: str,
+    documents: int | None,
+    tokens: int | None,
+    gpus: int,
+    price: float | None,
+    file: Path | None,
+) -> None:
+    """Predict bytes, GPU-hours and cost of a whole scoring from a pilot, each with its error.
+
+    \b
+    vpmoe-data score --teacher gpt-oss-120b --fraction 0.001 name=gpt-oss-120b-pilot
+    vpmoe-data plan --teacher gpt-oss-120b-pilot --gpus 8 --gpu-hour-price 2.5
+    vpmoe-data plan data/part --teacher gpt-oss-120b --documents 76000000 --json plan.json
+    """
+    from common.files import write_json
+    from datastore.plan import plan_scoring
+    from datastore.plan_report import print_plan
+    from datastore.show import make_console
+
+    if documents and tokens:
+        raise click.UsageError("give --documents or --tokens, not both")
+    folder = dataset or default_dataset()
+    planned = plan_scoring(
+        folder, teacher, documents=documents, tokens=tokens, gpus=gpus, price=price
+    )
+    if file:
+        write_json(file, planned.resolved())
+    print_plan(planned, make_console())
+
+
+@main.command()
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--teacher", "name", required=True, help="NAME of configs/teacher/NAME.yaml.")
 @click.option("--host", default="127.0.0.1", show_default=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -173,6 +174,30 @@ def _document_target(tokens: bytes, spans: bytes) -> DocTarget:
     return DocTarget(content_key=key, target=target, entropy_sums=sums)
 
 
+def varied_target(tokens_T: np.ndarray, spans_T: np.ndarray) -> DocTarget:
+    """Targets of a made-up teacher of a few hundred ids that likes some documents, and final text, more than others."""
+    return _varied_target(tokens_T.tobytes(), spans_T.tobytes())
+
+
+@functools.cache
+def _varied_target(tokens: bytes, spans: bytes) -> DocTarget:
+    tokens_T, spans_T = np.frombuffer(tokens, np.int32), np.frombuffer(spans, np.uint8)
+    positions_P = target_positions(tokens_T, spans_T)
+    key = content_key(tokens_T)
+    rng = np.random.default_rng(key)
+    ids_S = np.union1d(rng.integers(0, tokenizer.VOCAB_SIZE, 150), tokens_T).astype(np.int32)
+    realised_P = np.searchsorted(ids_S, tokens_T[positions_P + 1])
+    logits_PS = rng.normal(0, 2, (len(positions_P), len(ids_S)))
+    liking_P = rng.normal(4, 2) + spans_T[positions_P + 1]
+    logits_PS[np.arange(len(positions_P)), realised_P] = rng.normal(liking_P, 3)
+    logprobs_PS = logits_PS - np.log(np.exp(logits_PS).sum(axis=1, keepdims=True))
+    uniforms_P = position_uniforms(key, positions_P)
+    target = reduce_logprobs(logprobs_PS, realised_P, positions_P, uniforms_P, THRESHOLD)
+    target = dataclasses.replace(target, ids_E=ids_S[target.ids_E])
+    sums = entropy_sums(target.entropy_P, tokens_T, spans_T, positions_P)
+    return DocTarget(content_key=key, target=target, entropy_sums=sums)
+
+
 def row_documents(row: PackedRow) -> list[DocTarget]:
     return [document_target(row.tokens_T[doc], row.spans_T[doc]) for doc in row.documents()]
 
@@ -257,5 +282,5 @@ def flip_bit(path: Path, bit: int) -> None:
 def handmade() -> SimpleNamespace:
     """The makers above, for tests that need rows of their own."""
     makers: list[Callable] = [random_row, document, pack, count, write_dataset]
-    makers += [document_target, row_documents, write_targets, flip_bit]
+    makers += [document_target, varied_target, row_documents, write_targets, flip_bit]
     return SimpleNamespace(**{make.__name__: make for make in makers}, dataset_id=DATASET_ID)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,57 +13,36 @@ import pytest
 from click.testing import CliRunner
 
 from common.errors import AlignmentError
-from common.tokenizer import VOCAB_SIZE, encoding
+from common.tokenizer import encoding
 from datastore.audit import LOW_LOGPROB, POSITION_STARTS, WINDOW, audit_targets
 from datastore.audit_report import AuditReport, verdict
 from datastore.cli import main
 from datastore.reader import Dataset
-from datastore.target import (
-    content_key,
-    entropy_sums,
-    position_uniforms,
-    reduce_logprobs,
-    target_positions,
-)
 from datastore.types import SPLITS, DocTarget, PackedRow
 
-SEQ_LEN, DOCUMENTS, THRESHOLD, SUPPORT = 768, 60, 0.02, 150
+DocumentsOf = Callable[[PackedRow], list[DocTarget | None]]
+SEQ_LEN, DOCUMENTS = 768, 60
 WORST = 7
 LANGUAGES, EXERCISES = ("en", "fr", ""), ("memorization", "mcq")
 
 
-@functools.cache
-def scored(tokens: bytes, spans: bytes) -> DocTarget:
-    """A teacher of a few hundred ids; how much it likes the text depends on the document and on the span."""
-    tokens_T, spans_T = np.frombuffer(tokens, np.int32), np.frombuffer(spans, np.uint8)
-    positions_P = target_positions(tokens_T, spans_T)
-    key = content_key(tokens_T)
-    rng = np.random.default_rng(key)
-    ids_S = np.union1d(rng.integers(0, VOCAB_SIZE, SUPPORT), tokens_T).astype(np.int32)
-    realised_P = np.searchsorted(ids_S, tokens_T[positions_P + 1])
-    logits_PS = rng.normal(0, 2, (len(positions_P), len(ids_S)))
-    liking_P = rng.normal(4, 2) + spans_T[positions_P + 1]
-    logits_PS[np.arange(len(positions_P)), realised_P] = rng.normal(liking_P, 3)
-    logprobs_PS = logits_PS - np.log(np.exp(logits_PS).sum(axis=1, keepdims=True))
-    uniforms_P = position_uniforms(key, positions_P)
-    target = reduce_logprobs(logprobs_PS, realised_P, positions_P, uniforms_P, THRESHOLD)
-    target = dataclasses.replace(target, ids_E=ids_S[target.ids_E])
-    sums = entropy_sums(target.entropy_P, tokens_T, spans_T, positions_P)
-    return DocTarget(content_key=key, target=target, entropy_sums=sums)
-
-
-def documents_of(row: PackedRow) -> list[DocTarget | None]:
+@pytest.fixture(scope="module")
+def documents_of(handmade) -> DocumentsOf:
     """Every seventh document is left unscored."""
-    return [
-        None
-        if row.doc_ids[number][0] % 7 == 0
-        else scored(row.tokens_T[where].tobytes(), row.spans_T[where].tobytes())
-        for number, where in enumerate(row.documents())
-    ]
+
+    def documents(row: PackedRow) -> list[DocTarget | None]:
+        return [
+            handmade.varied_target(row.tokens_T[where], row.spans_T[where])
+            if doc_id[0] % 7
+            else None
+            for doc_id, where in zip(row.doc_ids, row.documents(), strict=True)
+        ]
+
+    return documents
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, handmade) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, handmade, documents_of: DocumentsOf) -> Path:
     folder = tmp_path_factory.mktemp("audit") / "dataset"
     rng = np.random.default_rng(0)
     documents = []
@@ -94,7 +73,7 @@ def report(folder: Path) -> AuditReport:
 
 
 @pytest.fixture(scope="module")
-def truth(folder: Path) -> list[dict]:
+def truth(folder: Path, documents_of: DocumentsOf) -> list[dict]:
     """One record a scored document, one entry a target, by plain loops over what the teacher said."""
     dataset, found = Dataset.open(folder), []
     for split in SPLITS:
