@@ -177,7 +177,7 @@ def window_means(realised_P: np.ndarray) -> np.ndarray:
 
 def _report(store: TargetStore, total: Tally) -> AuditReport:
     manifest = store.manifest
-    classes = {name: _group(total, "classes", name) for name in CLASSES}
+    classes = _ordered(total, "classes", {name: name for name in CLASSES})
     starts = [*POSITION_STARTS, None]
     ranges = {
         str(i): f"{start}..{end - 1}" if end else f"{start}.."
@@ -191,7 +191,7 @@ def _report(store: TargetStore, total: Tally) -> AuditReport:
         threshold=manifest.threshold,
         rows=total.rows,
         documents=total.documents,
-        classes={name: group for name, group in classes.items() if group},
+        classes=classes,
         languages=_labelled(total, "languages"),
         exercises=_labelled(total, "exercises"),
         positions=_ordered(total, "positions", ranges),
@@ -203,22 +203,22 @@ def _report(store: TargetStore, total: Tally) -> AuditReport:
 
 
 def _ordered(total: Tally, kind: str, titles: dict[str, str]) -> dict[str, AuditGroup]:
-    found = {title: _group(total, kind, name) for name, title in titles.items()}
-    return {title: group for title, group in found.items() if group}
+    return {
+        title: _group(total.groups[kind, name], kind)
+        for name, title in titles.items()
+        if (kind, name) in total.groups
+    }
 
 
 def _labelled(total: Tally, kind: str) -> dict[str, AuditGroup]:
     """Groups of a label, the largest first."""
     names = [name for found, name in total.groups if found == kind]
-    groups = {name: _group(total, kind, name) for name in names}
+    groups = {name: _group(total.groups[kind, name], kind) for name in names}
     ordered = sorted(groups.items(), key=lambda item: (-item[1].targets, item[0]))
     return dict(ordered)
 
 
-def _group(total: Tally, kind: str, name: str) -> AuditGroup | None:
-    moments = total.groups.get((kind, name))
-    if moments is None:
-        return None
+def _group(moments: Moments, kind: str) -> AuditGroup:
     logprob = moments.ratio(["realised"], "targets")
     cost = moments.ratio(["realised", "entropy"], "targets")  # its negative is the excess
     has_entropy = kind not in ("positions", "tenths")
@@ -243,8 +243,9 @@ def _worst_document(
     store: TargetStore, logprob: float, split: Split, index: int, number: int
 ) -> WorstDocument:
     row = store.dataset.row(split, index)
-    documents = store.documents(split, index, row)
-    target = documents[number].target
+    document = (store.documents(split, index, row) or [])[number]
+    assert document is not None, "only scored documents are among the worst"
+    target = document.target
     first = int(window_means(target.realised_logprob_P).argmin()) * WINDOW
     positions_W = target.positions_P[first : first + WINDOW]
     return WorstDocument(

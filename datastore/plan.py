@@ -110,10 +110,9 @@ def plan_scoring(
     for job in scored_jobs(store, SPLITS, MAX_ROWS):
         rows.add(np.array([_row_values(scored) for scored in scored_rows(job)], dtype=np.float64))
     manifest = store.dataset.manifest
-    if documents is None and tokens is None:
-        known = _whole_dataset(store)
-    else:
-        known = {"documents": documents} if documents is not None else {"tokens": tokens}
+    named = {"documents": documents, "tokens": tokens}
+    known = {name: float(total) for name, total in named.items() if total is not None}
+    known = known or _whole_dataset(store)
     predicted = {name: _predicted(rows, name, known) for name in ROW_QUANTITIES}
     a_token = _bytes_a_token(manifest, store)
     timings = read_timings(store.path / TIMINGS)
@@ -279,9 +278,10 @@ def _scaled(estimate: Estimate, factor: float) -> Estimate:
 
 def _sum(first: Estimate, second: Estimate) -> Estimate:
     """The sum of two that may depend on each other: errors add."""
-    known = first.error is not None and second.error is not None
-    error = first.error + second.error if known else None
-    return Estimate(value=first.value + second.value, error=error)
+    value = first.value + second.value
+    if first.error is None or second.error is None:
+        return Estimate(value=value, error=None)
+    return Estimate(value=value, error=first.error + second.error)
 
 
 def _product(first: Estimate, second: Estimate) -> Estimate:
