@@ -230,3 +230,47 @@ def test_two_thousand_shards_with_few_file_descriptors(tmp_path, handmade) -> No
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["2000", str(sum(int(row.tokens_T[0]) for row in rows))]
+
+
+@pytest.mark.parametrize("unscored", [(), (0,), (1, 3), (0, 1, 2, 3, 4)])
+def test_scored_rows_are_those_with_a_blob(folder, handmade, unscored) -> None:
+    """Over shards, by number of the split; the same rows as asking each for its targets."""
+    handmade.write_targets(folder, unscored=unscored)
+    dataset = Dataset.open(folder)
+    store = TargetStore.open(dataset, "tiny")
+    for split in ("train", "valid"):
+        rows = range(dataset.num_rows(split))
+        found = store.scored_rows(split)
+        blobs = [store.blob(split, i, dataset.row(split, i).row_hash) for i in rows]
+        assert found.mask().tolist() == [blob is not None for blob in blobs]
+        assert found.select(np.arange(found.size)).tolist() == [
+            i for i in rows if i not in unscored
+        ]
+
+
+def test_a_split_without_shards_has_no_scored_rows(tmp_path, handmade, rows) -> None:
+    handmade.write_dataset(tmp_path, {"train": [rows]}, seq_len=SEQ_LEN)
+    handmade.write_targets(tmp_path)
+    store = TargetStore.open(Dataset.open(tmp_path), "tiny")
+    assert [store.scored_rows(split).num_rows for split in ("train", "valid")] == [7, 0]
+
+
+def test_a_flipped_validity_bit_is_an_error_when_scored_rows_are_asked(folder, handmade) -> None:
+    """A row cannot slip from one pool to the other: the bitmap is found by what it does to the answer."""
+    handmade.write_targets(folder, unscored=(0,))
+    path = folder / "targets/tiny/train/shard-00000.arrow"
+    store = TargetStore.open(Dataset.open(folder), "tiny")
+    assert store.scored_rows("train").mask().tolist() == [False, True, True, True, True]
+    refused, silent = 0, 0
+    validity = np.uint8(0b10)  # row 0 null, row 1 valid
+    content = np.frombuffer(path.read_bytes(), np.uint8)
+    for offset in np.flatnonzero(content == validity):
+        for bit in (0, 1):
+            handmade.flip_bit(path, 8 * int(offset) + bit)
+            try:
+                mask = TargetStore.open(Dataset.open(folder), "tiny").scored_rows("train").mask()
+                silent += mask.tolist() != [False, True, True, True, True]
+            except FormatError:
+                refused += 1
+            handmade.flip_bit(path, 8 * int(offset) + bit)
+    assert refused >= 2 and silent == 0
