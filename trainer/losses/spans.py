@@ -7,12 +7,12 @@ and c_t the confidence weight (1 without confidence weighting):
 
     a_t = a at positions that the teacher scored, 0 elsewhere.
 
-So where every row is scored this is  sum over s of  w_s * ((1 - a) * mean CE + a * mean KD).
+So where every position is scored this is  sum over s of  w_s * ((1 - a) * mean CE + a * mean KD).
 Decisions, each of which keeps a position's weight independent of what else is in the batch:
 
-- A row without targets trains with CE alone, at full weight (not 1 - a), and both kinds of rows share the one mean
-  over N_s: a token of vanilla data weighs as much as a scored one, and the share of scored rows in the batch is the
-  only thing that sets their balance. With a = 1 vanilla rows still train.
+- A document without targets trains with CE alone, at full weight (not 1 - a), and both kinds share the one mean over
+  N_s: a token of vanilla data weighs as much as a scored one, and the share of scored positions in the batch is the
+  only thing that sets their balance. With a = 1 vanilla documents still train.
 - A span without positions in the global batch contributes 0 (its mean is no number); its count of 0 is logged.
 - Confidence weights scale the whole loss of a scored position and are not renormalised: the mean still divides by
   N_s, so a batch that the teacher finds unlikely pulls less. Unscored positions have weight 1.
@@ -89,7 +89,7 @@ def span_counts(batch: Batch) -> torch.Tensor:
 
 
 def confidence_weights(batch: Batch, config: LossConfig) -> torch.Tensor:
-    """c_t of the target positions: float64 [N]; 1 where the row is not scored or nothing is configured."""
+    """c_t of the target positions: float64 [N]; 1 where a position is not scored or nothing is configured."""
     logprob_N = batch.teacher_logprob_BT.flatten()[batch.target_index_N].double()
     if config.confidence is None:
         return torch.ones_like(logprob_N)
