@@ -90,7 +90,9 @@ def _load(teacher: TeacherConfig, model: Path) -> Any:
         arguments["quantization_config"] = Mxfp4Config(dequantize=True)
     if teacher.engine.device == "cuda":
         arguments["device_map"] = "auto"
-    return AutoModelForCausalLM.from_pretrained(model, **arguments).eval()
+    network = AutoModelForCausalLM.from_pretrained(model, **arguments).eval()
+    # Expanded experts come in bfloat16, whatever dtype was asked for.
+    return network.to(arguments["dtype"])
 
 
 def _document(network: Any, request: ScoreRequest) -> CanaryDocument:
