@@ -3,8 +3,7 @@
 Legend: N positions, V ids of this rank's vocabulary shard, B blocks of W consecutive ids, K most head entries,
 J most tail draws (K + 1), R ranks, C columns of a packed row.
 
-A packed row is int32 [5 + J + K]: number of head entries, number of draws, then bit patterns of float32: realised
-logprob, log tail mass, entropy; then the ids (head by falling probability, draws ascending) and the head logprobs.
+The rows that it makes are described in datastore/packed.py.
 
 A chunk goes through four steps; between them ranks exchange scalars and packed entries, never logits:
 measure (log-sum-exp, expectation), split (head entries, tail mass of each block), draw (ids at the systematic
@@ -18,13 +17,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from types import ModuleType
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
-from datastore.types import SparseTarget
-
-SCALARS = 5
+from datastore.packed import most_heads, packed_width
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +40,6 @@ class VocabShard:
 
     def rank(self) -> int:
         return 0 if self.group is None else dist.get_rank(self.group)
-
-
-def most_heads(threshold: float) -> int:
-    """The most ids that can have probability >= threshold."""
-    return int(1 / threshold + 1e-9)
-
-
-def packed_width(threshold: float) -> int:
-    """Columns of a packed row."""
-    return SCALARS + 2 * most_heads(threshold) + 1
 
 
 def reduce_hidden(
@@ -178,30 +164,3 @@ def _joined_heads(
     every_id = all_RN3K[:, :, 1].permute(1, 0, 2).flatten(1)
     z_NK, where_NK = every_z.topk(most, dim=1)
     return z_NK, every_id.gather(1, where_NK), all_RN3K[:, :, 2, 0].sum(0)
-
-
-def unpack(packed_PC: np.ndarray, positions_P: np.ndarray, threshold: float) -> SparseTarget:
-    """The sparse target that packed rows int32 [P, C] hold, at `positions_P`."""
-    most = most_heads(threshold)
-    num_head_P, num_draws_P = packed_PC[:, 0], packed_PC[:, 1]
-    floats_P3 = np.ascontiguousarray(packed_PC[:, 2:SCALARS]).view(np.float32)
-    slots_J = np.arange(most + 1)
-    is_head_PJ = slots_J < num_head_P[:, None]
-    used_PJ = slots_J < (num_head_P + num_draws_P)[:, None]
-    weights_PJ = np.full(is_head_PJ.shape, threshold, dtype=np.float32)
-    logprobs_PK = np.ascontiguousarray(packed_PC[:, SCALARS + most + 1 :]).view(np.float32)
-    heads_PK = is_head_PJ[:, :most]
-    weights_PJ[:, :most][heads_PK] = np.exp(logprobs_PK[heads_PK].astype(np.float64))
-    offsets_P1 = np.zeros(len(packed_PC) + 1, dtype=np.int64)
-    np.cumsum(num_head_P + num_draws_P, out=offsets_P1[1:])
-    return SparseTarget(
-        threshold=threshold,
-        positions_P=positions_P.astype(np.int32),
-        num_head_P=num_head_P.astype(np.int32),
-        offsets_P1=offsets_P1,
-        ids_E=packed_PC[:, SCALARS : SCALARS + most + 1][used_PJ].astype(np.int32),
-        weights_E=weights_PJ[used_PJ],
-        realised_logprob_P=floats_P3[:, 0].copy(),
-        log_tail_mass_P=floats_P3[:, 1].copy(),
-        entropy_P=floats_P3[:, 2].copy(),
-    )

@@ -17,8 +17,8 @@ from starlette.requests import ClientDisconnect
 
 from common.config import Config
 from common.errors import AlignmentError, EngineError, FormatError
+from datastore.packed import packed_width, unpack
 from datastore.prompt import ScoreRequest
-from datastore.reduce import packed_width, unpack
 from datastore.scoring_protocol import CONTENT_TYPE, decode_request, encode_response
 from datastore.serve_engine import Overloaded, ScoringQueue, Ticket, Unavailable
 from datastore.serve_metrics import ServeMetrics

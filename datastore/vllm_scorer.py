@@ -14,8 +14,8 @@ import numpy as np
 
 from common.errors import EngineError
 from common.provenance import package_versions
+from datastore.packed import has_nan, packed_width, unpack
 from datastore.prompt import ScoreRequest
-from datastore.reduce import packed_width, unpack
 from datastore.teacher import TeacherConfig
 from datastore.types import SparseTarget
 
@@ -50,17 +50,20 @@ class VllmScorer:
         self.close()
 
     def score(self, requests: list[ScoreRequest]) -> list[SparseTarget]:
-        """Targets in document coordinates, in the order of `requests`. Raises EngineError as `score_packed` does."""
+        """Targets in document coordinates, in the order of `requests`.
+
+        Raises EngineError as `score_packed` does, and for a document with NaN.
+        """
         return [
-            unpack(packed_PC, request.positions_P, self._teacher.threshold)
+            unpack(_numbers(packed_PC, request), request.positions_P, self._teacher.threshold)
             for packed_PC, request in zip(self.score_packed(requests), requests, strict=True)
         ]
 
     def score_packed(self, requests: list[ScoreRequest]) -> list[np.ndarray]:
-        """The same as packed rows, int32 [P, packed_width] a request (datastore/reduce.py), which `unpack` reads.
+        """The same as packed rows, int32 [P, packed_width] a request (datastore/packed.py), which `unpack` reads.
 
         Longest documents run first. Raises EngineError when the engine fails or returns something else than one row
-        of numbers for each position.
+        for each position; a row may hold NaN (`has_nan`), which is a fault of its document, not of the engine.
         """
         self._llm.reset_prefix_cache()  # what a call computes depends on its requests alone
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_T))
@@ -97,13 +100,7 @@ class VllmScorer:
                 expected=f"int32 {expected}",
                 remedy="check that this vLLM loads the plugin vpmoe_scorer",
             )
-        packed_PC = packed_NC[request.positions_P - request.positions_P[0]]
-        if np.isnan(np.ascontiguousarray(packed_PC[:, 2:5]).view(np.float32)).any():
-            raise EngineError(
-                f"the engine returned NaN for the document {request.content_key:016x}",
-                remedy="another attention_backend or moe_backend in the teacher's config",
-            )
-        return packed_PC
+        return packed_NC[request.positions_P - request.positions_P[0]]
 
     # Streaming, for a caller that drives the engine itself (datastore/serve_engine.py): documents come and go at any
     # step. Not to be mixed with `score` while documents are in the engine.
@@ -138,7 +135,8 @@ class VllmScorer:
                 self._add(output.request_id, request, read_cache=False)
                 continue
             try:
-                finished.append((output.request_id, self._checked(packed_NC, request)))
+                rows_PC = self._checked(packed_NC, request)
+                finished.append((output.request_id, _numbers(rows_PC, request)))
             except EngineError as error:
                 finished.append((output.request_id, error))
         return finished
@@ -177,6 +175,15 @@ class VllmScorer:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
             gc.collect()
+
+
+def _numbers(packed_PC: np.ndarray, request: ScoreRequest) -> np.ndarray:
+    if has_nan(packed_PC):
+        raise EngineError(
+            f"the engine returned NaN for the document {request.content_key:016x}",
+            remedy="another attention_backend or moe_backend in the teacher's config",
+        )
+    return packed_PC
 
 
 def _worker_arguments(request: ScoreRequest) -> dict[str, int]:

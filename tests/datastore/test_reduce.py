@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from datastore.reduce import VocabShard, most_heads, packed_width, reduce_hidden, unpack
+from datastore.packed import most_heads, packed_width, unpack
+from datastore.reduce import VocabShard, reduce_hidden
 from datastore.target import dense_weights, reduce_logprobs, require_valid
 from datastore.types import SparseTarget
 

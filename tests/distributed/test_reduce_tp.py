@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from datastore.reduce import VocabShard, reduce_hidden, unpack
+from datastore.packed import unpack
+from datastore.reduce import VocabShard, reduce_hidden
 from tests.distributed.gloo import run_gloo
 
 ROWS, THRESHOLD = 12, 1 / 50

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from datastore.reduce import VocabShard, reduce_hidden, unpack
+from datastore.packed import unpack
+from datastore.reduce import VocabShard, reduce_hidden
 from datastore.target import reduce_logprobs, require_valid
 
 pytestmark = [
