@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -67,6 +67,11 @@ class Dataset:
         shard, row = self.locate(split, index)
         return self._shard(split, shard).row(row)
 
+    def shard_rows(self, split: Split, shard: int) -> Iterator[PackedRow]:
+        """The rows of one shard in order, as `row` gives them. Raises FormatError."""
+        opened = self._shard(split, shard)
+        return (opened.row(index) for index in range(opened.num_rows))
+
     def __reduce__(self) -> tuple[object, ...]:
         return _reopen_dataset, (self.path, self.manifest.fingerprint)
 
@@ -120,11 +125,17 @@ class TargetStore:
         return None if blob is None else codec.decode_blob(blob, row, self.order)
 
     def scored_rows(self, split: Split) -> RowSet:
-        """The rows of a split that have targets. Reads no blob: 0.7 s for 10^6 rows. Raises FormatError."""
-        shards = range(len(self.manifest.entries(split)))
+        """The rows of a split that have targets: all when every document is counted as scored.
+
+        Else read from the shards' validity without reading a blob: 0.7 s for 10^6 rows. Raises FormatError.
+        """
+        scored = self.manifest.counts.get(split, {}).get("documents")
+        whole = self.dataset.manifest.counts.get(split)
+        if whole is not None and scored == whole.documents:
+            return RowSet(np.ones(self.dataset.num_rows(split), dtype=bool))
         parts = [
             open_target_shard(self.path, self.manifest, split, shard).scored_rows()
-            for shard in shards
+            for shard in range(len(self.manifest.entries(split)))
         ]
         return RowSet(np.concatenate([np.empty(0, dtype=bool), *parts]))
 

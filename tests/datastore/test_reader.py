@@ -248,6 +248,20 @@ def test_scored_rows_are_those_with_a_blob(folder, handmade, unscored) -> None:
         ]
 
 
+def test_a_store_that_is_whole_by_its_counts_is_not_searched(folder, handmade) -> None:
+    """On a large dataset the search touches every shard; here it would find one missing."""
+    shard = folder / "targets/tiny/train/shard-00001.arrow"
+    for unscored in ((), (0,)):
+        handmade.write_targets(folder, unscored=unscored)
+        shard.unlink()
+        store = TargetStore.open(Dataset.open(folder), "tiny", check_sizes=False)
+        if unscored:
+            with pytest.raises(FormatError, match="is missing"):
+                store.scored_rows("train")
+        else:
+            assert store.scored_rows("train").mask().all()
+
+
 def test_a_split_without_shards_has_no_scored_rows(tmp_path, handmade, rows) -> None:
     handmade.write_dataset(tmp_path, {"train": [rows]}, seq_len=SEQ_LEN)
     handmade.write_targets(tmp_path)
