@@ -1,4 +1,4 @@
-"""Makes a canary's reference: the teacher in transformers, which shares no kernel with vLLM (decision 0013)."""
+"""Makes a canary's reference: the teacher in transformers on the CPU, no kernel of vLLM in it (decision 0013)."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def make_reference(
 ) -> CanaryReference:
     """Score `requests` with transformers: the teacher's dtype in the body, eager attention, the lm_head in float32.
 
-    A quantised checkpoint is expanded to that dtype, so its own kernels are not needed either. Raises EngineError when
-    transformers cannot load or run the model.
+    On the CPU, an MXFP4 checkpoint expanded to that dtype: neither kernels nor device are those of the engine. Raises
+    EngineError when transformers cannot load or run the model.
     """
     try:
         network = _load(teacher, model)
@@ -60,7 +60,7 @@ def make_reference(
     except Exception as error:
         raise EngineError(
             f"transformers cannot run {model}: {error}",
-            remedy="see docs/runbook.md, Canary, for the memory and packages that it takes",
+            remedy="see docs/runbook.md, Canary, for the memory that it takes",
         ) from error
     return CanaryReference(
         teacher=teacher.name,
@@ -69,7 +69,7 @@ def make_reference(
             "program": "transformers",
             "attention": "eager",
             "dtype": teacher.dtype,
-            "device": str(network.device),
+            "device": "cpu",
             "versions": package_versions(("transformers", "torch")),
         },
         documents=documents,
@@ -88,8 +88,6 @@ def _load(teacher: TeacherConfig, model: Path) -> Any:
     quantised = getattr(AutoConfig.from_pretrained(model), "quantization_config", None) or {}
     if quantised.get("quant_method") == "mxfp4":
         arguments["quantization_config"] = Mxfp4Config(dequantize=True)
-    if teacher.engine.device == "cuda":
-        arguments["device_map"] = "auto"
     network = AutoModelForCausalLM.from_pretrained(model, **arguments).eval()
     # Expanded experts come in bfloat16, whatever dtype was asked for.
     return network.to(arguments["dtype"])
@@ -98,7 +96,7 @@ def _load(teacher: TeacherConfig, model: Path) -> Any:
 def _document(network: Any, request: ScoreRequest) -> CanaryDocument:
     import torch
 
-    prompt_T = torch.from_numpy(request.prompt_T.astype(np.int64)).to(network.device)
+    prompt_T = torch.from_numpy(request.prompt_T.astype(np.int64))
     with torch.inference_mode():
         hidden_TD = network.base_model(prompt_T[None], use_cache=False).last_hidden_state[0]
         positions_P = request.positions_P.astype(np.int64) - request.shift
@@ -120,14 +118,11 @@ def _values(network: Any, hidden_TD: Any, prompt_T: Any, positions_P: np.ndarray
     """Realised logprob, first id, its logprob and entropy of each position, chunk by chunk; float32."""
     import torch
 
-    head = network.get_output_embeddings()
-    weight_VD = head.weight.float()
+    weight_VD = network.get_output_embeddings().weight.float()
     for start in range(0, len(positions_P), CHUNK):
-        here = torch.from_numpy(positions_P[start : start + CHUNK]).to(weight_VD.device)
-        logits_PV = hidden_TD.to(weight_VD.device)[here].float() @ weight_VD.T
-        logprobs_PV = logits_PV.log_softmax(dim=-1)
+        here = torch.from_numpy(positions_P[start : start + CHUNK])
+        logprobs_PV = (hidden_TD[here].float() @ weight_VD.T).log_softmax(dim=-1)
         top_P, ids_P = logprobs_PV.max(dim=-1)
-        labels_P = prompt_T.to(weight_VD.device)[here + 1]
-        realised_P = logprobs_PV.gather(1, labels_P[:, None])[:, 0]
+        realised_P = logprobs_PV.gather(1, prompt_T[here + 1][:, None])[:, 0]
         entropy_P = -(logprobs_PV.exp() * logprobs_PV).sum(dim=-1)
-        yield realised_P.cpu(), ids_P.cpu(), top_P.cpu(), entropy_P.cpu()
+        yield realised_P, ids_P, top_P, entropy_P
