@@ -35,7 +35,7 @@ def run_jobs(
         return
     context = multiprocessing.get_context("spawn")
     stop_reader, stop_writer = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start_worker, (stop_reader,))
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, end_with_parent, (stop_reader,))
     is_done = False
     try:
         for future in as_completed([pool.submit(function, job) for job in jobs]):
@@ -54,7 +54,8 @@ def run_jobs(
         stop_reader.close()
 
 
-def _start_worker(stop: multiprocessing.connection.Connection) -> None:
+def end_with_parent(stop: multiprocessing.connection.Connection) -> None:
+    """Start of a worker process: it ends when the parent closes or loses its end of the pipe `stop`."""
     # Ctrl-C reaches the whole process group; the parent decides and closes `stop`.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(stop,), daemon=True).start()

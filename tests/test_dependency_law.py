@@ -35,6 +35,7 @@ ENGINES = {
     "vllm": ("datastore.vllm_scorer", "datastore.vllm_plugin"),
     "fastapi": ("datastore.serve_app",),
     "uvicorn": ("datastore.serve",),
+    "ray": ("datastore.cluster",),
     "megatron": ("trainer.megatron",),
     "transformer_engine": ("trainer.megatron",),
 }
@@ -114,6 +115,7 @@ def test_module_keeps_the_law(path: Path) -> None:
         ("common.config", "def f():\n    from datastore import types"),
         ("datastore.build", "from trainer.batch import to_tensors"),
         ("datastore.score", "import vllm"),
+        ("datastore.score_fleet", "def f():\n    import ray"),
         ("trainer.kd", "from megatron.core import parallel_state"),
         ("trainer.kd", "from datastore.score import score_dataset"),
         ("trainer.kd", "from datastore import build"),

@@ -23,7 +23,8 @@ from datastore.harmony import RenderConfig
 from datastore.manifest import TargetManifest, load_target_manifest
 from datastore.prompt import Prefix, document_prefix
 from datastore.reader import Dataset, TargetStore
-from datastore.score import _OpeningGate, score_dataset
+from datastore.score import score_dataset
+from datastore.score_encode import GATE_POSITIONS, _Gate
 from datastore.target import row_target
 from datastore.teacher import SystemText, TeacherConfig
 from datastore.types import SPLITS, DocTarget
@@ -197,23 +198,25 @@ def test_targets_depend_on_what_shapes_them_alone(model: Path) -> None:
 
 
 def test_the_gate_stops_targets_of_other_tokens(handmade) -> None:
-    rows = [handmade.pack([handmade.document(i)], SEQ_LEN) for i in range(20)]
-    gate = _OpeningGate()
+    rows = [handmade.pack([handmade.document(i)], SEQ_LEN) for i in range(90)]
+    gate = _Gate()
     for row in rows:
         gate.see(row, handmade.row_documents(row))
-    assert gate.pairs is None  # judged, and content
-    gate = _OpeningGate()
+    assert gate.positions >= GATE_POSITIONS
+    gate.judge()
+    gate = _Gate()
+    for row, other in itertools.pairwise(rows):
+        mine, theirs = handmade.row_documents(row)[0], handmade.row_documents(other)[0]
+        if len(mine.target.positions_P) == len(theirs.target.positions_P):
+            wrong = DocTarget(
+                content_key=mine.content_key,
+                target=theirs.target,
+                entropy_sums=theirs.entropy_sums,
+            )
+            gate.see(row, [wrong])
+    assert gate.positions >= GATE_POSITIONS
     with pytest.raises(AlignmentError, match="do not fit"):
-        for row, other in itertools.pairwise(rows):
-            mine, theirs = handmade.row_documents(row)[0], handmade.row_documents(other)[0]
-            if len(mine.target.positions_P) == len(theirs.target.positions_P):
-                wrong = DocTarget(
-                    content_key=mine.content_key,
-                    target=theirs.target,
-                    entropy_sums=theirs.entropy_sums,
-                )
-                gate.see(row, [wrong])
-        pytest.fail("the gate never judged")
+        gate.judge()
 
 
 def test_a_document_with_another_prefix_is_refused(handmade) -> None:
