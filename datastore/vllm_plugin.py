@@ -125,7 +125,7 @@ class TargetPooler(Pooler):
             chunk=self._settings["chunk"],
             shard=self._shard,
         )
-        return packed_NC.cpu()
+        return _returned(packed_NC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +173,16 @@ def _sent(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     return values.pin_memory().to(device, non_blocking=True)
 
 
+def _returned(values: torch.Tensor) -> torch.Tensor:
+    """The values in host memory, page-locked beside CUDA: 7 MB a step of 16k tokens, once, and the step's only wait."""
+    if values.device.type != "cuda":
+        return values.cpu()
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    torch.cuda.current_stream().synchronize()
+    return host
+
+
 def _next_tokens(metadata: PoolingMetadata, request: int, step: _Step) -> torch.Tensor:
     ids_T = metadata.prompt_token_ids_cpu[request]
     # Only profiling asks for the position after the last token; its ids are dummies.
@@ -189,6 +199,6 @@ def _collect(
     kept.append(rows)
     if not is_finished:
         return None
-    whole = torch.cat(kept)
+    whole = torch.cat(kept)  # a copy: the page-locked memory of the step goes back
     kept.clear()
     return whole

@@ -87,9 +87,14 @@ def top(targets: list[SparseTarget]) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def noise(scorer: VllmScorer, requests, targets) -> float:
-    """Mean difference between two scorings of the same documents in other batches."""
-    other = scorer.score(requests[::-2])
-    return float(np.abs(realised(other) - realised(targets[::-2])).mean())
+    """Mean difference between two scorings of the same documents: together, and three at a time."""
+    order = np.random.default_rng(1).permutation(len(requests)).tolist()
+    other = {}
+    for first in range(0, len(order), 3):
+        some = order[first : first + 3]
+        other |= zip(some, scorer.score([requests[i] for i in some]), strict=True)
+    again = [other[i] for i in range(len(requests))]
+    return float(np.abs(realised(again) - realised(targets)).mean())
 
 
 def test_targets_are_reductions_of_spread_distributions(targets: list[SparseTarget]) -> None:
@@ -154,5 +159,5 @@ def test_two_gpus_give_the_targets_of_one(model, requests, targets, noise) -> No
     print(f"\ntwo GPUs against one: {off.mean():.2e} mean, {off.max():.3f} max, top {agreed:.2%}")
     print(f"one GPU in other batches: {noise:.2e} mean")
     # Two ranks add the partial products of a layer in another order, as other batches do.
-    assert off.mean() <= 4 * noise + 1e-3
+    assert off.mean() <= 2 * noise
     assert agreed > 0.95
