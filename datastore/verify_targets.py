@@ -144,11 +144,14 @@ def _choice_faults(
     is_scored_D: np.ndarray,
     quarantined: Mapping[int, QuarantinedDocument],
 ) -> Iterator[str]:
-    """Documents that are scored against the selection, or are not against it."""
+    """Documents that are scored or quarantined and were not selected, and selected ones that are neither."""
     # The rows of a repack are not those whose hashes chose what was scored: there only the filters can be told.
     chosen_D = job.selection.passing(row) if job.is_repacked else job.selection.documents(row)
     for number in np.flatnonzero(is_scored_D & ~chosen_D):
         yield f"document {number} is scored and was not selected"
+    for number in quarantined:
+        if number in np.flatnonzero(~chosen_D):
+            yield f"document {number} is quarantined and was not selected"
     if job.is_repacked and job.selection.fraction < 1:
         return
     for number in np.flatnonzero(~is_scored_D & chosen_D):

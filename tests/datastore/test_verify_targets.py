@@ -118,6 +118,12 @@ def test_a_quarantined_document_is_not_scored_and_no_fault(folder, handmade) -> 
     assert list(found(folder)) == ["selection"]
 
 
+def test_a_quarantined_document_was_selected(folder, handmade) -> None:
+    short = Selection(max_tokens=134)
+    score(handmade, folder, short, quarantine=[quarantined(handmade)])
+    assert "document 1 is quarantined and was not selected" in found(folder)["selection"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
