@@ -1,7 +1,7 @@
 # vpmoe-data on GPUs: vLLM 0.32.0 and the datastore. Built by docker/compose.yaml, which gives the version.
 ARG VLLM_IMAGE
 FROM ${VLLM_IMAGE}
-ENV HF_HUB_DISABLE_TELEMETRY=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 PYTHONUNBUFFERED=1
+ENV HF_HUB_DISABLE_TELEMETRY=1 VLLM_NO_USAGE_STATS=1 RAY_USAGE_STATS_ENABLED=0 DO_NOT_TRACK=1 PYTHONUNBUFFERED=1
 WORKDIR /vpmoe
 COPY pyproject.toml README.md ./
 COPY requirements requirements
