@@ -10,6 +10,7 @@ export HF_DATASETS_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
+export RAY_USAGE_STATS_ENABLED := 0
 # Waiting threads sleep: with fewer free cores than threads, spinning made scoring 2.7 times slower (measured).
 export OMP_WAIT_POLICY := passive
 
