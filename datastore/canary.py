@@ -36,12 +36,13 @@ class CanaryLimits(Config):
     mean_entropy: float
 
 
-# float32: vLLM and transformers were measured 9e-5 nats apart in the mean on the tiny teacher (5e-4 at most).
-# bfloat16: bodies in bfloat16 differ from float32 by 0.015 to 0.019 nats in the mean and agree on 97 to 99 % of the
-# first ids, whichever implementation runs them. Kernels that return garbage differ by nats.
+# float32: vLLM and transformers were measured 9e-5 nats apart in the mean on the tiny teacher (6e-4 at most).
+# bfloat16: a language model of 135M parameters on SYNTH differs from its float32 self by 0.030 nats in the mean (0.025
+# to 0.039 in blocks of 500 targets), by 0.031 in entropy, and in 1.7 % of first ids (up to 3.2 %); random MXFP4 weights
+# by 0.044. Engine and reference both round: 1.4 times that. Kernels that return garbage differ by nats.
 LIMITS = {
     "float32": CanaryLimits(mean_realised=1e-3, top1=0.01, mean_entropy=1e-3),
-    "bfloat16": CanaryLimits(mean_realised=0.05, top1=0.05, mean_entropy=0.05),
+    "bfloat16": CanaryLimits(mean_realised=0.1, top1=0.1, mean_entropy=0.1),
 }
 
 
