@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from common.config import load_config, named_config
-from common.errors import EngineError, FormatError
+from common.errors import ConfigError, EngineError, FormatError
 from common.files import write_json
 from datastore.canary import (
     CanaryDocument,
@@ -23,6 +23,7 @@ from datastore.canary import (
     require_canary,
     write_canary,
 )
+from datastore.canary_reference import write_reference
 from datastore.prompt import ScoreRequest
 from datastore.target import content_key, position_uniforms, reduce_logprobs
 from datastore.teacher import TeacherConfig, weights_identity
@@ -30,6 +31,7 @@ from datastore.types import SparseTarget
 from demo.tiny_teacher import train_tiny_teacher
 
 VOCAB, LENGTH, DOCUMENTS, THRESHOLD = 300, 61, 4, 0.02
+SEQ_LEN = 512
 Alter = Callable[[np.ndarray], np.ndarray]
 
 
@@ -282,15 +284,22 @@ def draws(target: SparseTarget, entry: int) -> list[int]:
 
 @pytest.mark.slow
 def test_vllm_gives_the_reference_values_of_transformers(tmp_path: Path, handmade) -> None:
-    """The tiny teacher writes its canary when it is made; its engine passes, one with other weights does not."""
+    """The tiny teacher writes its canary when it is made, the command another; its engine passes both."""
     from datastore.vllm_scorer import VllmScorer
 
     documents = [handmade.document(i) for i in range(16)]
     pairs = [(d.tokens_T, d.spans_T) for d in documents]
     folder = train_tiny_teacher(tmp_path / "tiny", pairs, seed=3, steps=40, source="test")
-    config = teacher(folder)
-    with VllmScorer(config, folder) as scorer:
-        figures = require_canary(scorer, config, folder)
+    rows = [handmade.pack(documents[i : i + 2], SEQ_LEN) for i in range(0, 16, 2)]
+    dataset = tmp_path / "dataset"
+    handmade.write_dataset(dataset, {"train": [rows[:4]], "valid": [rows[4:]]}, seq_len=SEQ_LEN)
+    own, other = teacher(folder), teacher(folder, f"canary={tmp_path / 'other.json'}")
+    assert write_reference(dataset, other, 6) == tmp_path / "other.json"
+    with pytest.raises(ConfigError, match="8 rows"):
+        write_reference(dataset, other, 9)
+    with VllmScorer(own, folder) as scorer:
+        figures = require_canary(scorer, own, folder)
+        assert require_canary(scorer, other, folder)["documents"] == 6
         noise = measure_self_noise(
             scorer, [d.request() for d in read_canary(folder / "canary.json").documents]
         )
