@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -205,14 +206,20 @@ if __name__ == "__main__":
 def test_ray_with_a_killed_worker_writes_the_same(copy, teacher, quiet, dataset, tmp_path) -> None:
     write_json(tmp_path / "teacher.yaml", teacher.resolved())
     arguments = [str(copy), str(tmp_path / "teacher.yaml"), str(tmp_path / "log")]
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT_ROOT), "OMP_NUM_THREADS": "1"}
-    run = subprocess.Popen([sys.executable, "-c", _DRIVER, *arguments], env=environment)
     work = copy / "targets/tiny/.work"
-    while run.poll() is None and not list(work.glob("*/piece-*")):
-        time.sleep(0.02)
-    (lock, *_) = [path.parent / "lock" for path in work.glob("*/piece-*")]
-    os.kill(json.loads(lock.read_text())["pid"], signal.SIGKILL)
-    assert run.wait() == 0
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as ray_folder:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(PROJECT_ROOT),
+            "RAY_TMPDIR": ray_folder,
+            "OMP_NUM_THREADS": "1",
+        }
+        run = subprocess.Popen([sys.executable, "-c", _DRIVER, *arguments], env=environment)
+        while run.poll() is None and not (begun := list(work.glob("*/piece-*"))):
+            time.sleep(0.02)
+        holder = json.loads((begun[0].parent / "lock").read_text())
+        os.kill(holder["pid"], signal.SIGKILL)
+        assert run.wait() == 0
     assert load_target_manifest(copy, "tiny") == quiet
     assert_same_shards(copy, dataset)
     assert not list(work.glob("*/"))
