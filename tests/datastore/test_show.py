@@ -14,7 +14,7 @@ from rich.console import Console
 
 from common.tokenizer import VOCAB_SIZE, encoding
 from datastore.cli import main
-from datastore.reader import Dataset
+from datastore.reader import Dataset, TargetStore
 from datastore.show import print_row, row_text, shown_positions, token_text
 from datastore.target import row_target
 
@@ -79,9 +79,10 @@ def printed(folder: Path, **terminal) -> str:
     return console.file.getvalue()
 
 
-def test_the_table_holds_the_stored_numbers(folder, handmade) -> None:
-    row = Dataset.open(folder).row("train", 0)
-    target = row_target(handmade.row_documents(row), row)
+def test_the_table_holds_the_stored_numbers(folder) -> None:
+    dataset = Dataset.open(folder)
+    row = dataset.row("train", 0)
+    target = row_target(TargetStore.open(dataset, "tiny").documents("train", 0, row), row)
     lines = shown(folder, "--positions", "0:320").splitlines()
     table = {int(line.split()[0]): line for line in lines if line.split()[:1] and is_entry(line)}
     assert list(table) == target.positions_P.tolist()

@@ -344,7 +344,7 @@ def test_entropy_sums_that_the_budget_does_not_state(handmade, folder) -> None:
         ("entries", 0.01),
         ("head_mass", -0.05),
         ("tail_mass", 0.01),
-        ("realised_logprob", -0.01),
+        ("realised_logprob", -0.05),
         ("entropy", 0.01),
     ],
 )
