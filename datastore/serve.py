@@ -32,8 +32,6 @@ from datastore.teacher import TeacherConfig, local_model, weights_identity
 from datastore.vllm_scorer import VllmScorer
 
 TOKEN_VARIABLE = "VPMOE_TOKEN"
-# The engine is given this many batches at a time: one runs, the next is full.
-_BATCHES_IN_ENGINE = 2
 # How long the engine may take to close, and answers to leave, before the process ends all the same.
 _CLOSE_SEC = 10
 _LOG = logging.getLogger(__name__)
@@ -48,7 +46,7 @@ def serve_teacher(
         queue = ScoringQueue(
             lambda: start_engine(teacher, model),
             queue_tokens=config.queue_tokens,
-            engine_tokens=_BATCHES_IN_ENGINE * teacher.engine.max_num_batched_tokens,
+            batch_tokens=teacher.engine.max_num_batched_tokens,
         )
         _LOG.info("teacher %s: listening on %s", teacher.name, _url(sock))
         run_server(queue, make_app(queue, teacher, config, token), sock, config.drain_sec)

@@ -1,8 +1,8 @@
 """One engine, one thread, continuous batching: documents of many requests through it in turn.
 
-The engine holds at most `engine_tokens` prompt tokens, enough to fill its next steps; the other documents wait here,
-each request in a line of its own, and the requests take turns document by document. So a request of one document
-waits for what the engine holds and one turn of the others, never for a long request to end.
+The engine holds enough to fill its next step, `batch_tokens`; the other documents wait here, each request in a line of
+its own, and the requests take turns document by document. So a request of one document waits for about one step and
+one turn of the others, never for a long request to end.
 """
 
 from __future__ import annotations
@@ -96,9 +96,9 @@ class ScoringQueue:
         start: Callable[[], tuple[Engine, dict[str, Any]]],
         *,
         queue_tokens: int,
-        engine_tokens: int,
+        batch_tokens: int,
     ) -> None:
-        self._start, self._engine_tokens = start, engine_tokens
+        self._start, self._batch_tokens = start, batch_tokens
         self.queue_tokens = queue_tokens
         self.state: State = "starting"
         self.identity: dict[str, Any] | None = None
@@ -223,9 +223,11 @@ class ScoringQueue:
             return aborted, self._admit()
 
     def _admit(self) -> list[tuple[str, ScoreRequest]]:
-        held = sum(len(t.requests[i].prompt_T) for t, i in self._running.values())
+        # The oldest document may have all but one of its tokens behind it: it fills no step.
+        lengths = [len(t.requests[i].prompt_T) for t, i in self._running.values()]
+        held = sum(lengths[1:])
         admitted = []
-        while self._turns and held < self._engine_tokens:
+        while self._turns and held < self._batch_tokens:
             ticket = self._turns.popleft()
             index = ticket.waiting.popleft()
             if ticket.waiting:
@@ -233,7 +235,7 @@ class ScoringQueue:
             ticket.running.add(index)
             self._running[ticket.request_id(index)] = (ticket, index)
             admitted.append((ticket.request_id(index), ticket.requests[index]))
-            held += len(ticket.requests[index].prompt_T)
+            held += len(ticket.requests[index].prompt_T) if len(self._running) > 1 else 0
         return admitted
 
     def _finish(self, finished: list[tuple[str, np.ndarray | EngineError]], seconds: float) -> None:

@@ -12,6 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from common.config import load_config, named_config
+from datastore.cli import main as vpmoe_data
+from datastore.serve import TOKEN_VARIABLE
+from datastore.serve_app import ServeConfig
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCKER = ROOT / "docker"
 IMAGES = {"datastore": "teacher", "trainer": "student"}
@@ -84,6 +89,28 @@ def test_one_teacher_gpu_and_seven_student_gpus(services: dict) -> None:
     for name in ("student", "student-8"):
         assert int(services[name]["environment"]["VPMOE_GPUS"]) == len(_gpus(services[name]))
     assert sorted(_gpus(services["student-8"])) == sorted(teacher + student)
+
+
+def test_teacher_server_is_guarded_and_reachable_from_this_machine_alone(services: dict) -> None:
+    server = services["teacher-server"]
+    (mapping,) = server["ports"]
+    address, outside, inside = mapping.split(":")
+    assert address == "127.0.0.1" and outside == inside == _option("serve", "port")
+    assert f"http://127.0.0.1:{inside}/ready" in server["healthcheck"]["test"][-1]
+    assert server["command"][:3] == ["vpmoe-data", "serve", "--teacher"]
+    assert "--no-token" not in server["command"] and TOKEN_VARIABLE in server["environment"]
+    assert _gpus(server) == _gpus(services["teacher"])
+
+
+def test_teacher_server_has_the_time_to_drain(services: dict) -> None:
+    config = load_config(ServeConfig, named_config("serve", "default"))
+    grace = services["teacher-server"]["stop_grace_period"]
+    assert int(grace.removesuffix("s")) > config.drain_sec
+
+
+def _option(command: str, name: str) -> str:
+    options = {option.name: option for option in vpmoe_data.commands[command].params}
+    return str(options[name].default)
 
 
 def test_engines_are_those_of_the_cpu_host(versions: dict[str, str]) -> None:

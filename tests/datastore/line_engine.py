@@ -105,7 +105,7 @@ def main() -> None:
         with listening("127.0.0.1", 0) as sock:
             print(sock.getsockname()[1], flush=True)
             start = lambda: (engine, IDENTITY)  # noqa: E731
-            queue = ScoringQueue(start, queue_tokens=1000, engine_tokens=128)
+            queue = ScoringQueue(start, queue_tokens=1000, batch_tokens=128)
             app = make_app(queue, teacher(), config, read_token(token_file))
             run_server(queue, app, sock, config.drain_sec)
 

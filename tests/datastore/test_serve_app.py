@@ -44,9 +44,7 @@ def serving(
 ) -> Iterator[SimpleNamespace]:
     """A server on a free port, in a thread of this process."""
     engine = LineEngine()
-    queue = ScoringQueue(
-        lambda: (engine, IDENTITY), queue_tokens=queue_tokens, engine_tokens=10_000
-    )
+    queue = ScoringQueue(lambda: (engine, IDENTITY), queue_tokens=queue_tokens, batch_tokens=10_000)
     limits = load_config(
         ServeConfig,
         named_config("serve", "default"),

@@ -31,10 +31,10 @@ def request(length: int, *, first: int = 100, positions: list[int] | None = None
 def started() -> Iterator[Callable[..., tuple[ScoringQueue, LineEngine]]]:
     queues: list[tuple[ScoringQueue, LineEngine]] = []
 
-    def start(queue_tokens: int = 1000, engine_tokens: int = 20, batch_tokens: int = 10):
+    def start(queue_tokens: int = 1000, batch_tokens: int = 10):
         engine = LineEngine(batch_tokens)
         queue = ScoringQueue(
-            lambda: (engine, IDENTITY), queue_tokens=queue_tokens, engine_tokens=engine_tokens
+            lambda: (engine, IDENTITY), queue_tokens=queue_tokens, batch_tokens=batch_tokens
         )
         queues.append((queue, engine))
         wait_until(lambda: queue.state == "ready")
@@ -81,7 +81,7 @@ def test_requests_take_turns(started) -> None:
     queue, engine = started()
     engine.open.clear()
     long = queue.submit([request(10) for _ in range(40)])
-    wait_until(lambda: len(engine.added) == 2)  # as many as make 20 tokens
+    wait_until(lambda: len(engine.added) == 2)  # one beside the oldest makes a batch of 10 tokens
     short = queue.submit([request(5)])
     engine.open.set()
     short.future.result(30)
@@ -93,12 +93,12 @@ def test_requests_take_turns(started) -> None:
 
 
 def test_engine_is_kept_full_but_not_fuller(started) -> None:
-    queue, engine = started(engine_tokens=35)
+    queue, engine = started(batch_tokens=35)
     engine.open.clear()
     queue.submit([request(10) for _ in range(9)])
     wait_until(lambda: queue.figures().documents_running > 0)
     figures = queue.figures()
-    assert (figures.documents_running, figures.documents_waiting) == (4, 5)
+    assert (figures.documents_running, figures.documents_waiting) == (5, 4)
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_again(started) -> None:
@@ -162,7 +162,7 @@ def test_an_engine_that_does_not_start_is_dead() -> None:
     def start():
         raise EngineError("the canary disagrees")
 
-    queue = ScoringQueue(start, queue_tokens=1, engine_tokens=1)
+    queue = ScoringQueue(start, queue_tokens=1, batch_tokens=1)
     with pytest.raises(EngineError, match="canary disagrees"):
         queue.ended.result(30)
     with pytest.raises(Unavailable, match="canary disagrees"):
@@ -178,7 +178,7 @@ def test_nothing_is_taken_while_it_starts() -> None:
         assert go.wait(30)
         return engine, IDENTITY
 
-    queue = ScoringQueue(start, queue_tokens=100, engine_tokens=10)
+    queue = ScoringQueue(start, queue_tokens=100, batch_tokens=10)
     with pytest.raises(Unavailable, match="the engine is starting"):
         queue.submit([request(3)])
     go.set()
@@ -214,7 +214,7 @@ def test_stopping_fails_what_is_left(started) -> None:
 
 
 def test_many_threads_at_once(started) -> None:
-    queue, _ = started(queue_tokens=3000, engine_tokens=50, batch_tokens=25)
+    queue, _ = started(queue_tokens=3000, batch_tokens=25)
 
     def work(seed: int) -> int:
         rng, done = np.random.default_rng(seed), 0

@@ -62,7 +62,7 @@ def served(documents, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Simp
         )
         return scorer, identity
 
-    queue = ScoringQueue(start, queue_tokens=20_000, engine_tokens=192)
+    queue = ScoringQueue(start, queue_tokens=20_000, batch_tokens=96)
     config = load_config(ServeConfig, named_config("serve", "default"), ("max_documents=3",))
     app = make_app(queue, teacher, config, token="secret")
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
