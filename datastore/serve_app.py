@@ -122,7 +122,7 @@ class _Service:
         self._limits = config.limits(teacher)
         self._token = token
 
-    def require_token(self, request: Request) -> None:
+    async def require_token(self, request: Request) -> None:
         if self._token is None:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
