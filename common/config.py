@@ -47,9 +47,19 @@ def load_config(cls: type[AnyConfig], path: Path, overrides: tuple[str, ...] = (
     for key, folder in cls.INCLUDES.items():
         if isinstance(raw.get(key), str):
             raw[key] = _read_mapping(named_config(folder, raw[key]))
+    return override_config(cls, raw, overrides, str(path))
+
+
+def override_config(
+    cls: type[AnyConfig], raw: dict[str, Any], overrides: tuple[str, ...], where: str
+) -> AnyConfig:
+    """Apply `key.sub=value` overrides to plain values, which change, and validate them into `cls`.
+
+    Raises ConfigError, its message led by `where`.
+    """
     for override in overrides:
         _apply_override(raw, override, cls)
-    return parse_config(cls, raw, str(path))
+    return parse_config(cls, raw, where)
 
 
 def named_config(folder: str, name: str) -> Path:

@@ -16,12 +16,15 @@ from common.config import Config
 from common.errors import AlignmentError, FormatError
 from datastore.codec import decode_blob
 from datastore.id_order import IdOrder
-from datastore.target import class_masks, require_valid, row_target
+from datastore.target import class_masks, head_mask, require_valid, row_target
 from datastore.types import DocTarget, PackedRow, SparseTarget, Split
 
-# A shard is judged alone from here on. Over 100 positions the mean logprob of a language model is known to 0.4 nats
-# and its head mass to 0.06, far less than their distance to the limits.
+# A shard is judged alone from here on. A language model of 135M parameters on SYNTH (benchmarks/smollm.py), in 168
+# blocks of 100 targets: mean logprob -3.0 in all and -4.6 in the lowest block, head mass 0.70 and 0.51. Garbage gives
+# -12 and 0.
 MIN_SHARD_POSITIONS = 100
+CLASSES = ("reasoning", "final", "control")
+Losses = dict[str, tuple[float, float]]
 
 
 class ClassSums(Config):
@@ -107,14 +110,14 @@ class BudgetLimits(Config):
     They separate a teacher from garbage; how good a teacher is, `vpmoe-data audit` tells.
 
     min_head_mass: mean probability kept exactly; the rest is sampled, unbiased but noisy. Flat logits keep 0.
-    max_quantisation_kl: worst position, nats. The codec's own bound is 2e-4 (half a step of 1/32 nat), so more is a
-    broken store. min_realised_logprob: mean; guessing among 201,088 ids gives -12.2, and 135M parameters that never
-    saw SYNTH give -3.2, so a lower value is a teacher that does not read this text. max_entries: mean stored ids a
-    position, which is memory and time in the loss; t = 1/50 gives at most 51.
+    max_quantisation_kl: worst position, nats. The codec itself costs 4e-5 in the mean and at most 4e-4 at threshold
+    1/50 (1.4e-3 at 1/12), so more is a broken store. min_realised_logprob: mean; guessing among 201,088 ids gives
+    -12.2, and a model of 135M parameters -3.0, so a lower value is a teacher that does not read this text.
+    max_entries: mean stored ids a position, which is memory and time in the loss; t = 1/50 gives at most 51.
     """
 
     min_head_mass: float = Field(default=0.3, ge=0, le=1)
-    max_quantisation_kl: float = Field(default=2e-4, gt=0)
+    max_quantisation_kl: float = Field(default=2e-3, gt=0)
     min_realised_logprob: float = Field(default=-6.0, le=0)
     max_entries: float = Field(default=64.0, gt=0)
 
@@ -132,12 +135,8 @@ def row_budget(
     stored = row_target(decode_blob(blob, row, order), row)
     if exact.entropy_P is None:
         raise FormatError("targets without their entropies", expected="those of the reduction")
-    quantities_P = {
-        "entries": np.diff(exact.offsets_P1),
-        "head_mass": _head_sums(exact, exact.weights_E.astype(np.float64)),
-        "tail_mass": np.exp(exact.log_tail_mass_P.astype(np.float64)),
+    quantities_P = _quantities(exact) | {
         "kl": quantisation_kl(exact, stored),
-        "realised_logprob": exact.realised_logprob_P.astype(np.float64),
         "entropy": exact.entropy_P.astype(np.float64),
     }
     masks = class_masks(row.tokens_T, row.spans_T, exact.positions_P)
@@ -148,17 +147,50 @@ def row_budget(
     )
 
 
+def stored_budget(
+    documents: list[DocTarget | None], blob: bytes, row: PackedRow, losses: Losses
+) -> BudgetSums:
+    """The sums of one row from its stored targets alone, as `repack` carries them.
+
+    What storing cost cannot be seen in them: `losses` states it, (mean KL, worst KL) by class, of the store that the
+    documents come from.
+    """
+    target = row_target(documents, row)
+    quantities_P = _quantities(target)
+    scored = [document for document in documents if document is not None]
+    classes = {}
+    for name, mask_P in class_masks(row.tokens_T, row.spans_T, target.positions_P).items():
+        positions = int(mask_P.sum())
+        mean, worst = losses[name] if positions else (0.0, 0.0)
+        classes[name] = ClassSums(
+            positions=positions,
+            kl=mean * positions,
+            kl_max=worst,
+            entropy=sum(getattr(document.entropy_sums, name) for document in scored),
+            **{key: values_P[mask_P].sum().item() for key, values_P in quantities_P.items()},
+        )
+    return BudgetSums(positions=len(target.positions_P), blob_bytes=len(blob), **classes)
+
+
+def stated_losses(budgets: Sequence[Mapping[str, Any]]) -> Losses:
+    """(mean KL, worst KL) by class over stores or shards with these budgets. Raises FormatError."""
+    parsed = [_parsed(values, "an error budget of the manifest") for values in budgets]
+    losses = {}
+    for name in CLASSES:
+        parts = [part for budget in parsed if (part := getattr(budget, name)) is not None]
+        if positions := sum(part.positions for part in parts):
+            mean = sum(part.kl_mean * part.positions for part in parts) / positions
+            losses[name] = mean, max(part.kl_max for part in parts)
+    return losses
+
+
 def quantisation_kl(exact: SparseTarget, stored: SparseTarget) -> np.ndarray:
     """KL divergence in nats of each position, float64 [P], from the head and tail mass to their stored values.
 
     Generalised to masses that need not sum to 1 (sum p ln(p/q) - p + q, never negative), as the loss uses the stored
     values as they are. Raises FormatError when the two hold other ids.
     """
-    if not (
-        np.array_equal(exact.ids_E, stored.ids_E)
-        and np.array_equal(exact.num_head_P, stored.num_head_P)
-        and np.array_equal(exact.offsets_P1, stored.offsets_P1)
-    ):
+    if not _hold_the_same_ids(exact, stored):
         raise FormatError("stored targets hold other ids than their reduction")
     p_E, q_E = exact.weights_E.astype(np.float64), stored.weights_E.astype(np.float64)
     head_P = _head_sums(exact, p_E * np.log(p_E / q_E) - p_E + q_E)
@@ -168,6 +200,21 @@ def quantisation_kl(exact: SparseTarget, stored: SparseTarget) -> np.ndarray:
     log_ratio_P = np.zeros(len(p_P))
     np.subtract(log_p_P, log_q_P, out=log_ratio_P, where=p_P > 0)
     return head_P + p_P * log_ratio_P - p_P + q_P
+
+
+def _hold_the_same_ids(exact: SparseTarget, stored: SparseTarget) -> bool:
+    """The same heads in the same order, and the same draws in any order, at every position."""
+    if not (
+        np.array_equal(exact.num_head_P, stored.num_head_P)
+        and np.array_equal(exact.offsets_P1, stored.offsets_P1)
+    ):
+        return False
+    counts_P = np.diff(exact.offsets_P1)
+    in_head_E = head_mask(exact.num_head_P, counts_P - exact.num_head_P)
+    position_E = np.repeat(np.arange(len(counts_P)) << 32, counts_P)
+    return np.array_equal(exact.ids_E[in_head_E], stored.ids_E[in_head_E]) and np.array_equal(
+        np.sort(position_E | exact.ids_E), np.sort(position_E | stored.ids_E)
+    )
 
 
 def require_budget(
@@ -240,6 +287,16 @@ def _faults(name: str, span: ClassBudget, limits: BudgetLimits) -> list[str]:
         for within, what, found, limit in checks
         if not within
     ]
+
+
+def _quantities(target: SparseTarget) -> dict[str, np.ndarray]:
+    """What fresh and stored targets both tell of each position, float64 [P] or int [P]."""
+    return {
+        "entries": np.diff(target.offsets_P1),
+        "head_mass": _head_sums(target, target.weights_E.astype(np.float64)),
+        "tail_mass": np.exp(target.log_tail_mass_P.astype(np.float64)),
+        "realised_logprob": target.realised_logprob_P.astype(np.float64),
+    }
 
 
 def _head_sums(target: SparseTarget, values_E: np.ndarray) -> np.ndarray:

@@ -162,14 +162,17 @@ def _document_target(tokens: bytes, spans: bytes) -> DocTarget:
     positions_P = target_positions(tokens_T, spans_T)
     realised_P = tokens_T[positions_P + 1]
     rng = np.random.default_rng(len(tokens))
-    logits_PV = np.full((len(positions_P), tokenizer.VOCAB_SIZE), -np.inf)
-    for logits_V, realised in zip(logits_PV, realised_P, strict=True):
-        logits_V[rng.choice(tokenizer.VOCAB_SIZE, 200, replace=False)] = rng.normal(0, 2, 200)
-        logits_V[realised] = 7.0
-    logits_PV -= np.log(np.exp(logits_PV).sum(axis=1, keepdims=True))
+    # All mass lies on some 200 ids: the reduction of their columns alone, ids ascending, is that of the vocabulary.
+    others = rng.choice(tokenizer.VOCAB_SIZE, 200, replace=False)
+    ids_K = np.union1d(others, realised_P).astype(np.int32)
+    realised_K = np.searchsorted(ids_K, realised_P)
+    logits_PK = rng.normal(0, 2, (len(positions_P), len(ids_K)))
+    logits_PK[np.arange(len(positions_P)), realised_K] = 7.0
+    logits_PK -= np.log(np.exp(logits_PK).sum(axis=1, keepdims=True))
     key = content_key(tokens_T)
     uniforms_P = position_uniforms(key, positions_P)
-    target = reduce_logprobs(logits_PV, realised_P, positions_P, uniforms_P, THRESHOLD)
+    target = reduce_logprobs(logits_PK, realised_K, positions_P, uniforms_P, THRESHOLD)
+    target = dataclasses.replace(target, ids_E=ids_K[target.ids_E])
     sums = entropy_sums(target.entropy_P, tokens_T, spans_T, positions_P)
     return DocTarget(content_key=key, target=target, entropy_sums=sums)
 
@@ -245,9 +248,22 @@ def write_targets(
             first += entry.rows
             place = {"target_id": TARGET_ID, "split": split, "shard": shard}
             files[split].append(write_target_shard(target_folder(folder, slug), blobs, **place))
-    values = {
-        "format_version": FORMAT_VERSION,
+    found = {
         "files": files,
+        "budget": budget.budget().model_dump(),
+        "counts": counts,
+        "shard_budgets": shard_budgets,
+        "id_order_sha256": order.sha256,
+    }
+    manifest = TargetManifest(**(_target_identity(dataset, slug) | found | changes))
+    commit_manifest(target_folder(folder, slug), manifest)
+    return manifest
+
+
+def _target_identity(dataset: Dataset, slug: str) -> dict:
+    """What a target manifest states before a row is scored."""
+    return {
+        "format_version": FORMAT_VERSION,
         "codec_version": codec.CODEC_VERSION,
         "target_id": TARGET_ID,
         "dataset_fingerprint": dataset.manifest.fingerprint,
@@ -258,15 +274,8 @@ def write_targets(
         "temperature": 1.0,
         "threshold": THRESHOLD,
         "tokenizer": TokenizerInfo(),
-        "budget": budget.budget().model_dump(),
         "alignment": {},
-        "counts": counts,
-        "shard_budgets": shard_budgets,
-        "id_order_sha256": order.sha256,
     }
-    manifest = TargetManifest(**(values | changes))
-    commit_manifest(target_folder(folder, slug), manifest)
-    return manifest
 
 
 def flip_bit(path: Path, bit: int) -> None:
