@@ -29,6 +29,7 @@ RESULT = Path(__file__).parent / "results" / "synth_river.json"
 BATCH = "batch={global_batch_size: 2, micro_batch_size: 2}"
 # A small teacher on text this rich keeps little mass in its head; the limits of a real run are for real teachers.
 LIMITS = ("budget.min_head_mass=0", "budget.min_realised_logprob=-12")
+SCORE_LIMITS = ("limits.min_head_mass=0", "limits.min_realised_logprob=-12")
 
 
 def commands(source: str, folder: Path, teacher_steps: int, steps: int) -> dict[str, list[str]]:
@@ -37,12 +38,13 @@ def commands(source: str, folder: Path, teacher_steps: int, steps: int) -> dict[
     tiny = ["--dataset", str(data), "--out", str(teacher), "--steps", str(teacher_steps)]
     settings = (f"dataset={data}", f"run={run}", f"steps={steps}", f"eval.every={steps}", *LIMITS)
     cut = ("eval.rows=8", f"checkpoint.every={steps}", "schedule.warmup=2", BATCH)
+    score = ("--teacher", "tiny", str(data), f"model={teacher}", *SCORE_LIMITS)
     files = (f"source.files=[{source}]", "split.valid_fraction=0.05", "seq_len=2048", f"out={data}")
     return {
         "build": ["vpmoe-data", "build", "--manifest", "configs/data/demo.yaml", *files],
         "verify_rows": ["vpmoe-data", "verify", str(data)],
         "teacher": ["python", "-m", "demo.tiny_teacher", *tiny],
-        "score": ["vpmoe-data", "score", "--teacher", "tiny", str(data), f"model={teacher}"],
+        "score": ["vpmoe-data", "score", *score],
         "verify_targets": ["vpmoe-data", "verify", str(data)],
         "train": ["vpmoe-train", "kd", "configs/demo.yaml", *settings, *cut],
         "eval": ["vpmoe-train", "eval", str(run)],

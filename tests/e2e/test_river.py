@@ -48,6 +48,7 @@ class River:
 
 # Teachers of a few steps hardly know the text; the limits of a real run would refuse them, as they should.
 UNTAUGHT = ["budget.min_head_mass=0", "budget.min_realised_logprob=-12"]
+UNTAUGHT_SCORE = ["limits.min_head_mass=0", "limits.min_realised_logprob=-12"]
 
 
 def flow(
@@ -61,7 +62,7 @@ def flow(
     run("vpmoe-data", "verify", dataset)
     tiny = ["--dataset", dataset, "--out", teacher, "--steps", str(teacher_steps)]
     run("python", "-m", "demo.tiny_teacher", *tiny)
-    run("vpmoe-data", "score", "--teacher", "tiny", dataset, f"model={teacher}")
+    run("vpmoe-data", "score", "--teacher", "tiny", dataset, f"model={teacher}", *UNTAUGHT_SCORE)
     run("vpmoe-data", "verify", dataset)
     folders = [f"dataset={dataset}", f"run={river.run}"]
     run("vpmoe-train", "kd", "configs/demo.yaml", *folders, *UNTAUGHT, *kd)
