@@ -11,7 +11,7 @@ import numpy as np
 from common.errors import FormatError
 from common.tokenizer import FIRST_CONTROL_ID, PAD, START
 from datastore.budget import Budget, ClassBudget
-from datastore.codec import steps_per_nat
+from datastore.codec_target import MAX_REALISED_ERROR
 from datastore.harmony import parse
 from datastore.manifest import SpanTokens, SplitCounts
 from datastore.target import class_masks
@@ -156,7 +156,7 @@ class TargetTally:
     def differences(self, budget: Budget) -> Iterator[str]:
         """Every figure of `budget` that the store contradicts, with what was found.
 
-        Head masses may differ by half a step of the codec, fp16 values by 2^-11 of themselves; counts are exact.
+        Head and tail masses and realised logprobs may differ by what the codec may move them; counts are exact.
         """
         positions = int(self.sums["reasoning"][0] + self.sums["final"][0])
         if budget.positions != positions:
@@ -178,9 +178,9 @@ class TargetTally:
         entries, head_mass, tail_mass, realised, entropy = (value / positions for value in sums)
         checks = [
             ("entries", budget.entries, entries, 1e-9 * entries),
-            ("head_mass", budget.head_mass, head_mass, 1 / steps_per_nat(self.threshold)),
-            ("tail_mass", budget.tail_mass, tail_mass, 1e-3),
-            ("realised_logprob", budget.realised_logprob, realised, 1e-6 - 1e-3 * realised),
+            ("head_mass", budget.head_mass, head_mass, self.threshold / 4),
+            ("tail_mass", budget.tail_mass, tail_mass, self.threshold / 4),
+            ("realised_logprob", budget.realised_logprob, realised, MAX_REALISED_ERROR),
             ("entropy", budget.entropy, entropy, 1e-6 + 1e-6 * entropy),
         ]
         for figure, stated_value, found, tolerance in checks:

@@ -79,7 +79,7 @@ class SparseTarget:
     """Teacher targets of P scored positions, in CSR: position p owns entries offsets_P1[p]:offsets_P1[p+1].
 
     The first num_head_P[p] entries of a position are its head (every id with teacher probability >= threshold,
-    by falling probability) with their logprobs; the others are systematic draws of the rest, ascending ids, each
+    by falling probability) with their logprobs; the others are systematic draws of the rest, in any order, each
     carrying weight `threshold`. The weights of a position estimate the teacher's distribution without bias; they
     sum to 1 only in expectation.
 

@@ -45,6 +45,7 @@ PURE = {
         f"datastore.{name}"
         for name in ["types", "harmony", "split", "packing", "order", "target", "codec"]
     ),
+    *("datastore.codec_ids", "datastore.codec_masses", "datastore.codec_target"),
     *("datastore.budget", "datastore.alignment", "trainer.batch"),
     *("datastore.scoring_protocol", "datastore.serve_prompt"),
 }
