@@ -218,6 +218,8 @@ def _set_environment(teacher: TeacherConfig) -> None:
         }
     )
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    # A forked worker cannot use a CUDA context that this process may have by now.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     if teacher.engine.device == "cpu":
         # vLLM would bind to all cores but one and leave that one for a scheduler process that is not used here.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM"),
 ]
-PREFIX, FIRST_TARGET = 101, 140
+PREFIX, FIRST_TARGET, COMPARED = 101, 140, 6
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,9 @@ def test_targets_are_reductions_of_spread_distributions(targets: list[SparseTarg
     assert set(heads_P.tolist()) >= {0, 1, 2, 3}
 
 
-def test_equals_transformers_within_bf16(model, requests, targets) -> None:
+@pytest.fixture(scope="module")
+def exact(model: Path, requests: list[ScoreRequest]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Realised logprobs and most probable ids of the first documents, by transformers in float32."""
     from transformers import GptOssForCausalLM, Mxfp4Config
 
     network = GptOssForCausalLM.from_pretrained(
@@ -114,23 +116,31 @@ def test_equals_transformers_within_bf16(model, requests, targets) -> None:
         dtype=torch.float32,
         device_map={"": "cuda"},
     ).eval()
-    errors, agreed = [], []
-    for request, target in zip(requests[:6], targets[:6], strict=True):
+    values = []
+    for request in requests[:COMPARED]:
         ids = torch.from_numpy(request.prompt_T.astype(np.int64))[None].cuda()
+        positions = request.positions_P.tolist()
         with torch.no_grad():
-            logits = network(input_ids=ids).logits[0, request.positions_P.tolist()]
-        exact_PV = logits.double().log_softmax(-1)
-        next_P = ids[0, 1:][request.positions_P.tolist()]
-        exact_P = exact_PV.gather(1, next_P[:, None])[:, 0].cpu().numpy()
-        errors.append(np.abs(target.realised_logprob_P - exact_P))
-        exact_top_P = exact_PV.argmax(-1).cpu().numpy()
-        agreed.append((top([target]) == exact_top_P)[target.num_head_P > 0])
-    error_P, agreed_P = np.concatenate(errors), np.concatenate(agreed)
-    print(f"\nagainst transformers: {error_P.mean():.4f} mean, {error_P.max():.3f} max")
-    print(f"top id agrees at {agreed_P.mean():.2%} of {len(agreed_P)} positions")
-    assert len(agreed_P) > 300
-    assert error_P.mean() < 0.1
-    assert agreed_P.mean() > 0.9
+            exact_PV = network(input_ids=ids).logits[0, positions].double().log_softmax(-1)
+        realised_P = exact_PV.gather(1, ids[0, 1:][positions][:, None])[:, 0]
+        values.append((realised_P.cpu().numpy(), exact_PV.argmax(-1).cpu().numpy()))
+    return values
+
+
+def errors(targets: list[SparseTarget], exact) -> tuple[float, float]:
+    """Mean error of the realised logprob, and share of positions with a head whose first id is right."""
+    off, agreed = [], []
+    for target, (realised_P, top_P) in zip(targets[:COMPARED], exact, strict=True):
+        off.append(np.abs(target.realised_logprob_P - realised_P))
+        agreed.append((top([target]) == top_P)[target.num_head_P > 0])
+    return float(np.concatenate(off).mean()), float(np.concatenate(agreed).mean())
+
+
+def test_equals_transformers_within_bf16(targets, exact) -> None:
+    off, agreed = errors(targets, exact)
+    print(f"\nagainst transformers: {off:.4f} mean, top id agrees at {agreed:.2%}")
+    assert off < 0.08
+    assert agreed > 0.95
 
 
 def test_prefix_cache_changes_nothing_beyond_the_noise(scorer, requests, targets, noise) -> None:
@@ -149,15 +159,18 @@ def test_a_repeated_document_is_scored_whole(scorer, requests, targets) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_two_gpus_give_the_targets_of_one(model, requests, targets, noise) -> None:
+def test_two_gpus_give_the_targets_of_one(model, requests, targets, exact, noise) -> None:
+    """Partial products of a layer are rounded to bf16 before they are added: the noise of bf16, not more."""
     with VllmScorer(config(model, ranks=2), model) as engine:
         together = engine.score(requests)
     for target in together:
         require_valid(target)
-    off = np.abs(realised(together) - realised(targets))
-    agreed = (top(together) == top(targets)).mean()
-    print(f"\ntwo GPUs against one: {off.mean():.2e} mean, {off.max():.3f} max, top {agreed:.2%}")
-    print(f"one GPU in other batches: {noise:.2e} mean")
-    # Two ranks add the partial products of a layer in another order, as other batches do.
-    assert off.mean() <= 2 * noise
-    assert agreed > 0.95
+    off = float(np.abs(realised(together) - realised(targets)).mean())
+    (one, agreed_one), (two, agreed_two) = errors(targets, exact), errors(together, exact)
+    print(f"\ntwo GPUs against one: {off:.4f} mean; one GPU in other batches: {noise:.4f}")
+    print(
+        f"against float32: one GPU {one:.4f} ({agreed_one:.2%}), two {two:.4f} ({agreed_two:.2%})"
+    )
+    assert two < 1.2 * one
+    assert off < 1.2 * one
+    assert agreed_two > agreed_one - 0.01
