@@ -107,8 +107,12 @@ class RayRoom:
             text = str(error).strip().splitlines()[0]
             event = Failed(EngineError(f"its actor died: {text}"), is_final=False)
         if isinstance(event, Failed):
-            self._ray.kill(self._actors.pop(number))
+            self.kill(number)
         return number, event
+
+    def kill(self, number: int) -> None:
+        self._ray.kill(self._actors.pop(number))
+        self._running = {call: n for call, n in self._running.items() if n != number}
 
     def close(self, *, at_once: bool) -> None:
         closing = [] if at_once else [actor.close.remote() for actor in self._actors.values()]

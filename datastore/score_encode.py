@@ -5,12 +5,13 @@ Measured by benchmarks/score.py; one process must take at least 3 times what an 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import mmap
 import multiprocessing
 import os
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -291,18 +292,42 @@ class Encoders:
         context = multiprocessing.get_context("spawn")
         self._stop_reader, self._stop_writer = context.Pipe(duplex=False)
         self._pool = ProcessPoolExecutor(ENCODERS, context, end_with_parent, (self._stop_reader,))
+        self._senders = ThreadPoolExecutor(ENCODERS)
 
-    def encode(self, task: PieceJob) -> Future[None]:
-        """Encode a piece in the background; its memory is freed when that is done."""
-        future = self._pool.submit(encode_piece, task)
-        future.add_done_callback(lambda _: task.packed.close())
-        return future
+    def encode(
+        self,
+        job: ShardJob,
+        mark: str,
+        piece: Piece,
+        packed: list[np.ndarray | None],
+        quarantine: dict[int, str],
+        seconds: float,
+    ) -> Future[None]:
+        """Encode a piece in the background: a thread copies its rows, which releases the interpreter, and waits.
+
+        packed: of its selected documents in order, None for those in `quarantine` (document -> reason).
+        """
+
+        def send() -> None:
+            with contextlib.closing(SharedRows.of(packed)) as shared:
+                task = PieceJob(
+                    job=job,
+                    mark=mark,
+                    piece=piece,
+                    packed=shared,
+                    quarantine=quarantine,
+                    seconds=seconds,
+                )
+                self._pool.submit(encode_piece, task).result()
+
+        return self._senders.submit(send)
 
     def assemble(self, job: ShardJob, mark: str, device: str) -> Future[ShardRecord]:
         """Write a shard in the background; all its pieces must be finished."""
         return self._pool.submit(assemble, job, mark, device)
 
     def close(self) -> None:
+        self._senders.shutdown(cancel_futures=True)
         self._pool.shutdown(cancel_futures=True)
         self._stop_writer.close()
         self._stop_reader.close()

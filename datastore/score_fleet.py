@@ -12,6 +12,7 @@ import logging
 import multiprocessing
 import multiprocessing.connection
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -27,6 +28,8 @@ from datastore.workers import end_with_parent
 # Failures of an engine in a row without one more piece or part on disk, before it is given up. A single poison document
 # causes four at most, as what failed is tried after everything else.
 MAX_FAILURES = 8
+# An engine that hangs leaves nothing on disk: a piece takes a minute, the start of the locked teacher a few.
+STALL_SEC = 3600.0
 _POLL_SEC = 2.0
 # vLLM takes seconds to stop its workers in order.
 _CLOSE_SEC = 30.0
@@ -109,19 +112,27 @@ class Room(Protocol):
     def wait(self, timeout: float) -> tuple[int, Event] | None:
         """The next event; None after `timeout` seconds without one. An engine that failed is gone by then."""
 
+    def kill(self, number: int) -> None:
+        """End an engine at once; it has no more events."""
+
     def close(self, *, at_once: bool) -> None:
         """End all engines, letting them stop in order or not."""
 
 
 @dataclass
 class _Engine:
-    """held: given to it and not returned. failures: in a row while the `parts` of those on disk stayed as they were."""
+    """held: given to it and not returned. failures: in a row while the `parts` of those on disk stayed as they were.
+
+    seen: the parts on disk when it was looked at, since: when they last changed or it had an event.
+    """
 
     held: list[ShardJob] = field(default_factory=list)
     is_busy: bool = True
     was_ready: bool = False
     failures: int = 0
     parts: int = -1
+    seen: int = 0
+    since: float = field(default_factory=time.monotonic)
 
 
 class Fleet:
@@ -148,6 +159,7 @@ class Fleet:
                 for record in self._handle(*found):
                     done += record.row_tokens
                     yield record
+            self._end_stalled()
             held = [job for engine in self._engines.values() for job in engine.held]
             now = done + sum(scored_tokens(job) for job in held)
             if now > shown:
@@ -156,6 +168,7 @@ class Fleet:
 
     def _handle(self, number: int, event: Event) -> list[ShardRecord]:
         engine = self._engines[number]
+        engine.since = time.monotonic()
         if isinstance(event, Failed):
             self._failed(number, event)
             return []
@@ -181,6 +194,16 @@ class Fleet:
                 engine.held.append(job)
             self._room.submit(number, job)
 
+    def _end_stalled(self) -> None:
+        for number, engine in list(self._engines.items()):
+            parts = sum(finished_parts(job) for job in engine.held)
+            if parts != engine.seen or not engine.is_busy:
+                engine.seen, engine.since = parts, time.monotonic()
+            elif time.monotonic() - engine.since > STALL_SEC:
+                self._room.kill(number)
+                error = EngineError(f"nothing came from it for {STALL_SEC:.0f} s")
+                self._failed(number, Failed(error, is_final=False))
+
     def _failed(self, number: int, event: Failed) -> None:
         engine = self._engines[number]
         if event.is_final:
@@ -193,7 +216,7 @@ class Fleet:
         if engine.was_ready and engine.failures < MAX_FAILURES:
             _LOG.warning("engine %d failed and is started again: %s", number, event.error)
             self._room.start(number)
-            engine.is_busy = True
+            engine.is_busy, engine.since = True, time.monotonic()
         else:
             _LOG.warning("engine %d is given up: %s", number, event.error)
             del self._engines[number]
@@ -239,7 +262,7 @@ class LocalRoom:
                 continue
             event = self._received(number)
             if isinstance(event, Failed):
-                self._end(number)
+                self.kill(number)
             return number, event
         return None
 
@@ -256,15 +279,16 @@ class LocalRoom:
         self._stop_reader.close()
 
     def _received(self, number: int) -> Event:
-        try:
-            return self._pipes[number].recv()
-        except (EOFError, OSError):
-            process = self._processes[number]
-            process.join(_CLOSE_SEC)
-            what = f"its process died (exit code {process.exitcode}; -9: killed or out of memory)"
-            return Failed(EngineError(what), is_final=False)
+        # Workers of a dead engine may hold its end of the pipe open for a moment: so never a blocking read.
+        with contextlib.suppress(EOFError, OSError):
+            if self._pipes[number].poll():
+                return self._pipes[number].recv()
+        process = self._processes[number]
+        process.join(_CLOSE_SEC)
+        what = f"its process died (exit code {process.exitcode}; -9: killed or out of memory)"
+        return Failed(EngineError(what), is_final=False)
 
-    def _end(self, number: int) -> None:
+    def kill(self, number: int) -> None:
         self._pipes.pop(number).close()
         process = self._processes.pop(number)
         process.kill()

@@ -22,7 +22,7 @@ from datastore.canary import measure_self_noise, require_canary
 from datastore.packed import has_nan, unpack
 from datastore.prompt import ScoreRequest, document_prefix
 from datastore.reader import Dataset
-from datastore.score_encode import Encoders, PieceJob, SharedRows
+from datastore.score_encode import Encoders
 from datastore.score_job import (
     ScoreRun,
     ShardJob,
@@ -203,15 +203,11 @@ class ShardWorker:
             wait(waiting, return_when=FIRST_COMPLETED)
             self._settle_encoded()
         shard.work.hand_over(piece)
-        task = PieceJob(
-            job=shard.work.job,
-            mark=shard.mark,
-            piece=piece,
-            packed=SharedRows.of(packed),
-            quarantine=quarantine,
-            seconds=shard.seconds[piece.number],
+        seconds = shard.seconds[piece.number]
+        future = self._encoders.encode(
+            shard.work.job, shard.mark, piece, packed, quarantine, seconds
         )
-        shard.encoding[self._encoders.encode(task)] = piece
+        shard.encoding[future] = piece
 
     def _encoding(self) -> list[Future[Any]]:
         return [future for shard in self._open for future in shard.encoding]
