@@ -88,9 +88,13 @@ def _load(teacher: TeacherConfig, model: Path) -> Any:
     quantised = getattr(AutoConfig.from_pretrained(model), "quantization_config", None) or {}
     if quantised.get("quant_method") == "mxfp4":
         arguments["quantization_config"] = Mxfp4Config(dequantize=True)
-    network = AutoModelForCausalLM.from_pretrained(model, **arguments).eval()
+    network, report = AutoModelForCausalLM.from_pretrained(
+        model, **arguments, output_loading_info=True
+    )
+    if missing := sorted(report["missing_keys"]):  # transformers would go on with random numbers
+        raise EngineError(f"the checkpoint lacks {', '.join(missing[:3])}")
     # Expanded experts come in bfloat16, whatever dtype was asked for.
-    return network.to(arguments["dtype"])
+    return network.eval().to(arguments["dtype"])
 
 
 def _document(network: Any, request: ScoreRequest) -> CanaryDocument:
