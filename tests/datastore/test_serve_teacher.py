@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 
+import httpx
 import numpy as np
 import pytest
 import uvicorn
@@ -17,6 +18,7 @@ from datastore import serve
 from datastore.harmony import RenderConfig, Renderer
 from datastore.prompt import Prefix, ScoreRequest
 from datastore.scoring_client import ScoreDocument, ScoringClient
+from datastore.scoring_protocol import CONTENT_TYPE, encode_request
 from datastore.serve_app import ServeConfig, make_app
 from datastore.serve_engine import ScoringQueue
 from datastore.target import head_mask, require_valid
@@ -73,7 +75,7 @@ def served(documents, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Simp
         try:
             with ScoringClient(url, token="secret", timeout_sec=300) as client:
                 client.identity()  # waits until the engine is ready
-                yield SimpleNamespace(client=client, expected=expected, teacher=teacher)
+                yield SimpleNamespace(client=client, expected=expected, queue=queue, url=url)
         finally:
             server.should_exit = True
             thread.join(30)
@@ -122,6 +124,20 @@ def test_each_document_may_have_its_own_reasoning_effort(served, documents) -> N
     ]
     unmoved = [effort in (None, "high") for effort in EFFORTS * 2]  # `high` is what is stored
     assert [move < 1e-5 for move in moved] == unmoved
+
+
+def test_a_client_that_goes_away_leaves_the_engine_as_it_was(served, documents) -> None:
+    headers = {"Content-Type": CONTENT_TYPE, "Authorization": "Bearer secret"}
+    impatient = httpx.Timeout(30, read=0.01)
+    for document in documents[:3]:
+        body = encode_request([ask(document)])
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{served.url}/v1/score", content=body, headers=headers, timeout=impatient)
+    assert served.queue.wait_idle(60)
+    (found,) = served.client.score([ask(documents[0])])
+    assert_same(found, served.expected["whole"][0])
+    figures = served.queue.figures()
+    assert (figures.documents_running, figures.tokens_in_flight) == (0, 0)
 
 
 def test_identity_names_the_teacher(served) -> None:
