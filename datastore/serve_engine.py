@@ -1,8 +1,8 @@
 """One engine, one thread, continuous batching: documents of many requests through it in turn.
 
 The engine holds enough to fill its next step, `batch_tokens`; the other documents wait here, each request in a line of
-its own, and the requests take turns document by document. So a request of one document waits for about one step and
-one turn of the others, never for a long request to end.
+its own, and the requests take turns by tokens (deficit round robin, Shreedhar & Varghese 1995). So a short request
+waits for about one step and one turn of the others, never for a long request to end, and no request starves.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from common.errors import EngineError
 from datastore.prompt import ScoreRequest
 
 State = Literal["starting", "ready", "draining", "stopped", "failed"]
+# A turn gives a request 1/8 of a batch: eight requests share a batch, more take turns over several.
+_TURNS_IN_BATCH = 8
 # The measured rate forgets: after this much work, what came before counts half.
 _RATE_MEMORY_SEC = 10.0
 _LONGEST_RETRY_SEC = 60
@@ -59,11 +61,13 @@ class Ticket:
     """The documents of one request.
 
     future: their packed rows by place, without the documents that score nothing; or Unavailable, or EngineError.
+    credit: tokens that it may give the engine in its turn.
     """
 
     number: int
     requests: list[ScoreRequest]
     tokens: int
+    credit: int = 0
     future: Future[dict[int, np.ndarray]] = field(default_factory=Future)
     waiting: deque[int] = field(default_factory=deque)
     running: set[int] = field(default_factory=set)
@@ -228,14 +232,21 @@ class ScoringQueue:
         held = sum(lengths[1:])
         admitted = []
         while self._turns and held < self._batch_tokens:
-            ticket = self._turns.popleft()
-            index = ticket.waiting.popleft()
-            if ticket.waiting:
-                self._turns.append(ticket)
+            ticket = self._turns[0]
+            index = ticket.waiting[0]
+            length = len(ticket.requests[index].prompt_T)
+            if ticket.credit < length:
+                ticket.credit += max(1, self._batch_tokens // _TURNS_IN_BATCH)
+                self._turns.rotate(-1)
+                continue
+            ticket.credit -= length
+            ticket.waiting.popleft()
+            if not ticket.waiting:
+                self._turns.popleft()
             ticket.running.add(index)
             self._running[ticket.request_id(index)] = (ticket, index)
             admitted.append((ticket.request_id(index), ticket.requests[index]))
-            held += len(ticket.requests[index].prompt_T) if len(self._running) > 1 else 0
+            held += length if len(self._running) > 1 else 0
         return admitted
 
     def _finish(self, finished: list[tuple[str, np.ndarray | EngineError]], seconds: float) -> None:

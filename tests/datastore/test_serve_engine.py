@@ -92,6 +92,22 @@ def test_requests_take_turns(started) -> None:
     assert done_before < 40
 
 
+def test_turns_are_counted_in_tokens(started) -> None:
+    """Four documents of 10 tokens go in while one of 40 waits for its turn, and it is not put off for ever."""
+    queue, engine = started(batch_tokens=8)
+    engine.open.clear()
+    queue.submit([request(9), request(9)])  # fills the engine
+    wait_until(lambda: len(engine.added) == 2)
+    long = queue.submit([request(40) for _ in range(3)])
+    short = queue.submit([request(10) for _ in range(12)])
+    engine.open.set()
+    long.future.result(30)
+    short.future.result(30)
+    order = [int(request_id.split(".")[0]) for request_id in engine.added[2:]]
+    places = [i for i, number in enumerate(order) if number == long.number]
+    assert places == [3, 8, 13], order
+
+
 def test_engine_is_kept_full_but_not_fuller(started) -> None:
     queue, engine = started(batch_tokens=35)
     engine.open.clear()
