@@ -146,6 +146,6 @@ def _fixed_bytes(array: pa.FixedSizeBinaryArray) -> memoryview:
 def _texts(array: pa.StringArray) -> TextViews:
     _, offsets, content = array.buffers()
     return TextViews(
-        offsets=memoryview(np.frombuffer(offsets, np.int32, len(array) + 1, array.offset * 4)),
+        offsets=np.frombuffer(offsets, np.int32, len(array) + 1, array.offset * 4).data,
         content=memoryview(content) if content is not None else memoryview(b""),
     )

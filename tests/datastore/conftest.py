@@ -37,6 +37,8 @@ from datastore.target import (
     target_positions,
 )
 from datastore.types import DocTarget, PackedRow, RenderedDoc, SourceRow, Split
+from tests.datastore.repacks import repack_origin as repack_origin
+from tests.datastore.repacks import repacked as repacked
 
 DATASET_ID, TARGET_ID = "ab" * 32, "cd" * 32
 THRESHOLD = 1 / 50

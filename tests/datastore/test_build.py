@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -84,8 +85,7 @@ def documents(folder: Path) -> Iterator[tuple[str, bytes, tuple[str, str], str]]
 
 def test_every_good_row_is_in_the_dataset_once(reference, sources):
     rows = [row for path in sources for row in pq.read_table(path).to_pylist()]
-    found = list(documents(reference))
-    manifest = Dataset.open(reference).manifest
+    found, manifest = list(documents(reference)), Dataset.open(reference).manifest
     assert len({doc_id for _, doc_id, _, _ in found}) == len(found)
     assert len(found) + sum(manifest.rejects.values()) == len(rows)
     # Among 250 rows, rows 7, 27, ... 247 are awkward: 13, the ten kinds in turn; six kinds give no document.
@@ -94,11 +94,8 @@ def test_every_good_row_is_in_the_dataset_once(reference, sources):
         **{"rag_without_sources": 1, "final_too_long": 1},
     }
     assert manifest.truncated == {"analysis": 2, "user": 1}
-    asked = {
-        hashlib.blake2b(row["synth_id"].encode(), digest_size=16).digest(): row
-        for row in rows
-        if row["synth_id"]
-    }
+    named = [row for row in rows if row["synth_id"]]
+    asked = {hashlib.blake2b(r["synth_id"].encode(), digest_size=16).digest(): r for r in named}
     for _, doc_id, labels, text in found:
         row = asked[doc_id]
         assert text.endswith(row["query"])
@@ -302,8 +299,6 @@ def interrupted(config: DataConfig, rename: int) -> None:
 def test_a_full_disk_is_told_and_the_build_can_go_on(
     reference, sources, tmp_path, monkeypatch, errno_name, rename
 ):
-    import errno
-
     config = a_config(sources, tmp_path / "out")
     full = OSError(getattr(errno, errno_name), "No space left on device")
     with monkeypatch.context() as patch, pytest.raises(VpmoeError, match=r"full.*same command"):
