@@ -85,7 +85,7 @@ def encode_blob(documents: list[DocTarget | None], row: PackedRow, order: IdOrde
         joined.threshold,
     )
     streams, raw = encode_target(joined, in_head_E, scored, shape)
-    frame = _compress([_document_fields(documents), *streams])
+    frame = compress_streams([_document_fields(documents), *streams])
     header = _COUNTS.pack(
         len(documents),
         len(shape.num_head_P),
@@ -120,7 +120,7 @@ def _document_fields(documents: list[DocTarget | None]) -> bytes:
     return is_scored + keys_D.tobytes() + sums_D3.tobytes()
 
 
-def _compress(streams: list[bytes]) -> bytes:
+def compress_streams(streams: list[bytes]) -> bytes:
     """One zstd frame, a block (or more) for each stream: each gets the Huffman table of its own symbols."""
     compressor = zstandard.ZstdCompressor(compression_params=_ZSTD).compressobj(
         size=sum(map(len, streams))
