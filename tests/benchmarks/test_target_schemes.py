@@ -41,7 +41,7 @@ def chunk() -> Chunk:
         probs_CV=torch.from_numpy(logits_CV).softmax(dim=1),
         positions_C=np.arange(5, 5 + POSITIONS, dtype=np.int32),
         realised_C=rng.integers(0, VOCAB, POSITIONS),
-        key=2**63 + 12345,
+        keys=tuple(2**63 + 12345 * seed for seed in range(SEEDS)),
     )
 
 
@@ -158,7 +158,7 @@ def all_chunks(teacher: Teacher) -> list[Chunk]:
                 probs_CV=torch.from_numpy(hidden_PD @ teacher.head_VD.T).double().softmax(dim=1),
                 positions_C=positions_P,
                 realised_C=np.searchsorted(teacher.ids_V, document.tokens_T[positions_P + 1]),
-                key=content_key(document.tokens_T),
+                keys=(content_key(document.tokens_T),),
             )
         )
     return chunks
