@@ -32,10 +32,12 @@ check: setup
 
 # score and kd_vs_ce measure on what `make demo` leaves; target_fidelity reads the real rows in VPMOE_SYNTH.
 bench: setup
+	$(PYTHON) -m pip install --disable-pip-version-check -qq --no-deps -r requirements/bench.lock
 	$(PYTHON) -m benchmarks.build
 	$(PYTHON) -m benchmarks.codec
 	$(PYTHON) -m benchmarks.loss --device cpu
 	$(PYTHON) -m benchmarks.score --model teachers/tiny
 	$(PYTHON) -m benchmarks.kd_vs_ce
-	$(PYTHON) -m pip install --disable-pip-version-check -qq --no-deps -r requirements/bench.lock
 	$(PYTHON) -m benchmarks.target_fidelity
+	$(PYTHON) -m benchmarks.limits
+	$(PYTHON) -m benchmarks.target_variants

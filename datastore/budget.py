@@ -19,7 +19,7 @@ from datastore.id_order import IdOrder
 from datastore.target import class_masks, head_mask, require_valid, row_target
 from datastore.types import DocTarget, PackedRow, SparseTarget, Split
 
-# A shard is judged alone from here on. A language model of 135M parameters on SYNTH (benchmarks/smollm.py), in 168
+# A shard is judged alone from here on. A language model of 135M parameters on SYNTH (benchmarks/limits.py), in 168
 # blocks of 100 targets: mean logprob -3.0 in all and -4.6 in the lowest block, head mass 0.70 and 0.51. Garbage gives
 # -12 and 0.
 MIN_SHARD_POSITIONS = 100

@@ -37,9 +37,9 @@ class CanaryLimits(Config):
 
 
 # float32: vLLM and transformers were measured 9e-5 nats apart in the mean on the tiny teacher (6e-4 at most).
-# bfloat16: a language model of 135M parameters on SYNTH differs from its float32 self by 0.030 nats in the mean (0.025
-# to 0.039 in blocks of 500 targets), by 0.031 in entropy, and in 1.7 % of first ids (up to 3.2 %); random MXFP4 weights
-# by 0.044. Engine and reference both round: 1.4 times that. Kernels that return garbage differ by nats.
+# bfloat16: a language model of 135M parameters on SYNTH differs from its float32 self by 0.030 nats in the mean (0.039
+# in the worst block of 500 targets), by 0.031 in entropy (0.036), and in 1.6 % of first ids (2.2 %), by
+# benchmarks/limits.py. Engine and reference both round: 1.4 times that. Kernels that return garbage differ by nats.
 LIMITS = {
     "float32": CanaryLimits(mean_realised=1e-3, top1=0.01, mean_entropy=1e-3),
     "bfloat16": CanaryLimits(mean_realised=0.1, top1=0.1, mean_entropy=0.1),
