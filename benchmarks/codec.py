@@ -161,8 +161,8 @@ def stream_bytes(row: PackedRow, documents: list[DocTarget], order: IdOrder) -> 
     targets = [document.target for document in documents]
     joined = concatenate_targets(targets, scored.positions)
     in_head_E = np.concatenate([require_valid(target) for target in targets])
-    shape = Shape(
-        joined.num_head_P.astype(np.int64),
+    shape = Shape.of(
+        joined.num_head_P,
         np.diff(joined.offsets_P1) - joined.num_head_P,
         scored.uniforms_P([document.content_key for document in documents]),
         joined.threshold,

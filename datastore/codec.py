@@ -78,8 +78,8 @@ def encode_blob(documents: list[DocTarget | None], row: PackedRow, order: IdOrde
     targets = [document.target for document in held.values()]
     in_head_E = np.concatenate([require_valid(target, MAX_HEAD_ERROR) for target in targets])
     joined = concatenate_targets(targets, scored.positions)
-    shape = Shape(
-        joined.num_head_P.astype(np.int64),
+    shape = Shape.of(
+        joined.num_head_P,
         np.diff(joined.offsets_P1) - joined.num_head_P,
         scored.uniforms_P([document.content_key for document in held.values()]),
         joined.threshold,
@@ -151,7 +151,7 @@ def decode_blob(blob: bytes, row: PackedRow, order: IdOrder) -> list[DocTarget |
     num_head_P, num_draws_P = fields.stream(header.positions), fields.stream(header.positions)
     if (int(num_head_P.sum()), int(num_draws_P.sum())) != (header.heads, header.draws):
         raise damaged("entries of its positions do not add up")
-    shape = Shape(num_head_P, num_draws_P, scored.uniforms_P(keys), header.threshold)
+    shape = Shape.of(num_head_P, num_draws_P, scored.uniforms_P(keys), header.threshold)
     target = decode_target(fields, body[header.frame_bytes :], scored, shape)
     documents: list[DocTarget | None] = [None] * header.documents
     spans = scored.spans(np.ones(header.positions, np.int64))

@@ -49,14 +49,13 @@ class DocumentCodes:
         if ranks_E.max(initial=0) >= VOCAB_SIZE:
             raise damaged("an id is outside the vocabulary")
         own = np.flatnonzero(ranks_E < 0)
-        ranks_E[own] = 0
-        ids_E = self._order.ids_V[ranks_E]
+        ids_E = self._order.ids_V[ranks_E]  # of own ids something else, for a moment
         ids_E[own] = self._own_ids[codes_E[own]]
         return ids_E
 
 
-def _cell_tables() -> tuple[np.ndarray, np.ndarray]:
-    """First code and number of raw bits of each cell, at [resolution * 256 + cell]: int64 each."""
+def _cell_table() -> np.ndarray:
+    """First code * 32 + number of raw bits of each cell, at [resolution * 256 + cell]: int64. One look-up for both."""
     bases = np.full((MAX_RESOLUTION + 1, _CELLS), _BEYOND)
     widths = np.zeros((MAX_RESOLUTION + 1, _CELLS), np.int64)
     for resolution in range(MAX_RESOLUTION + 1):
@@ -68,10 +67,10 @@ def _cell_tables() -> tuple[np.ndarray, np.ndarray]:
             bases[resolution, cell:last] = (1 << octave) - 1 + width * np.arange(parts)
             widths[resolution, cell:last] = octave - min(octave, resolution)
             cell = last
-    return bases.reshape(-1), widths.reshape(-1)
+    return (bases << 5 | widths).reshape(-1)
 
 
-_BASES, _WIDTHS = _cell_tables()
+_TABLE = _cell_table()
 # By number of draws: 1 -> 0, 2..3 -> 1, 4..7 -> 2, 8..15 -> 3, more -> 4.
 _RESOLUTIONS = np.array(
     [min(max(count.bit_length() - 1, 0), MAX_RESOLUTION) for count in range(256)]
@@ -89,8 +88,8 @@ def cells_of(codes_E: np.ndarray, resolution_E: np.ndarray | int) -> np.ndarray:
 
 def bases_of(cells_E: np.ndarray, resolution_E: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
     """First code of each cell, and the number of raw bits that lead from it to a code; any byte is a cell."""
-    at_E = resolution_E * _CELLS + cells_E
-    return _BASES[at_E], _WIDTHS[at_E]
+    found_E = _TABLE[resolution_E * _CELLS + cells_E]
+    return found_E >> 5, found_E & 31
 
 
 def resolution_of(num_draws_P: np.ndarray) -> np.ndarray:

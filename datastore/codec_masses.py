@@ -27,23 +27,30 @@ _FALLOFF = np.exp(-np.arange(256) / STEPS_PER_NAT)
 class Shape:
     """What the counts of a position say about its masses; the same for an encoder and a decoder.
 
-    num_head_P, num_draws_P: int64. uniforms_P: float64. threshold: t.
+    num_head_P, num_draws_P: int64. low_P, high_P: float64, lowest and highest tail mass. threshold: t.
     """
 
     num_head_P: np.ndarray
     num_draws_P: np.ndarray
-    uniforms_P: np.ndarray
+    low_P: np.ndarray
+    high_P: np.ndarray
     threshold: float
 
-    def cells(self) -> tuple[np.ndarray, np.ndarray]:
-        """Lowest and highest tail mass of each position, float64 [P]: the cell (k - 1 + u) t to (k + u) t.
-
-        A head of h entries leaves at most 1 - h t.
-        """
-        low_P = np.maximum((self.num_draws_P - 1 + self.uniforms_P) * self.threshold, 0.0)
-        high_P = (self.num_draws_P + self.uniforms_P) * self.threshold
-        high_P = np.minimum(high_P, 1 - self.num_head_P * self.threshold)
-        return low_P, np.maximum(high_P, low_P + self.threshold / 64)
+    @classmethod
+    def of(
+        cls,
+        num_head_P: np.ndarray,
+        num_draws_P: np.ndarray,
+        uniforms_P: np.ndarray,
+        threshold: float,
+    ) -> Shape:
+        """k draws at the uniform number u mean a tail from (k - 1 + u) t to (k + u) t; h head entries leave 1 - h t."""
+        num_head_P, num_draws_P = num_head_P.astype(np.int64), num_draws_P.astype(np.int64)
+        points_P = num_draws_P + uniforms_P
+        low_P = np.maximum((points_P - 1) * threshold, 0.0)
+        high_P = np.minimum(points_P * threshold, 1 - num_head_P * threshold)
+        high_P = np.maximum(high_P, low_P + threshold / 64)
+        return cls(num_head_P, num_draws_P, low_P, high_P, threshold)
 
     @property
     def stepped_P(self) -> np.ndarray:
@@ -57,8 +64,7 @@ class Shape:
 
     def tail_widths(self) -> np.ndarray:
         """Raw bits of the tail mass: 4 where little mass may be left to the head, else 2; int64 [P]."""
-        _, high_P = self.cells()
-        widths_P = np.where(1 - high_P < 4 * self.threshold, 4, 2)
+        widths_P = np.where(1 - self.high_P < 4 * self.threshold, 4, 2)
         return np.where((self.num_head_P > 0) & ~self.stepped_P, widths_P, 0)
 
     def realised_widths(self, place_P: np.ndarray) -> np.ndarray:
@@ -69,7 +75,7 @@ class Shape:
 
 def quantise_tail(shape: Shape, tail_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Tail masses (float64 [P]) as (steps of the stepped positions uint8, raw values int64 [P])."""
-    low_P, high_P = shape.cells()
+    low_P, high_P = shape.low_P, shape.high_P
     stepped_P = shape.stepped_P
     tail, high = tail_P[stepped_P], high_P[stepped_P]
     steps = np.full(len(tail), NO_TAIL, np.uint8)
@@ -85,7 +91,7 @@ def tail_masses(
     shape: Shape, steps: np.ndarray, raw_P: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tail mass and its log, float64 [P] each. Raises FormatError where a head is left with nothing."""
-    low_P, high_P = shape.cells()
+    low_P, high_P = shape.low_P, shape.high_P
     tail_P = low_P + (high_P - low_P) * (raw_P + 0.5) / (1 << shape.tail_widths())
     tail_P[shape.num_head_P == 0] = 1.0
     stepped_P = shape.stepped_P

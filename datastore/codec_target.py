@@ -187,8 +187,7 @@ def _second_and_later(num_head_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _require_cells(shape: Shape, tail_P: np.ndarray) -> None:
-    low_P, high_P = shape.cells()
-    off_P = np.maximum(low_P - tail_P, tail_P - high_P)[shape.num_head_P > 0]
+    off_P = np.maximum(shape.low_P - tail_P, tail_P - shape.high_P)[shape.num_head_P > 0]
     if off_P.max(initial=0.0) > NORMALISATION_TOLERANCE:
         raise FormatError(
             "sparse target: the number of draws is not that of the document's uniform numbers",
