@@ -133,11 +133,12 @@ def canary(arguments: tuple[str, ...], name: str, write: bool, documents: int) -
         return
     import json
 
-    from datastore.canary import require_canary
+    from datastore.canary import reference_of, require_canary
     from datastore.teacher import local_model
     from datastore.vllm_scorer import VllmScorer
 
     model = local_model(teacher)
+    reference_of(teacher, model)  # refuses before an engine starts in vain
     with VllmScorer(teacher, model) as scorer:
         click.echo(json.dumps(require_canary(scorer, teacher, model), indent=2))
 

@@ -18,7 +18,7 @@ import numpy as np
 from common.errors import EngineError, FormatError, ResumeError
 from common.files import exclusive_lock, write_json
 from common.provenance import package_versions
-from datastore.canary import measure_self_noise, require_canary
+from datastore.canary import measure_self_noise, reference_of, require_canary
 from datastore.packed import has_nan, unpack
 from datastore.prompt import ScoreRequest, document_prefix
 from datastore.reader import Dataset
@@ -67,6 +67,7 @@ def start_engine(run: ScoreRun) -> tuple[Scorer, dict[str, Any]]:
             remedy="use one image on all machines",
         )
     model = local_model(run.teacher)
+    reference_of(run.teacher, model)  # refuses before an engine starts in vain
     scorer = VllmScorer(run.teacher, model)
     canary = require_canary(scorer, run.teacher, model, weights=run.weights)
     return scorer, {"engine": scorer.identity(), "canary": canary}

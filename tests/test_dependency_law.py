@@ -46,7 +46,7 @@ PURE = {
         for name in ["types", "harmony", "split", "packing", "order", "target", "codec"]
     ),
     *("datastore.codec_ids", "datastore.codec_masses", "datastore.codec_target"),
-    *("datastore.budget", "datastore.alignment", "trainer.batch"),
+    *("datastore.budget", "datastore.alignment", "datastore.estimate", "trainer.batch"),
     *("datastore.scoring_protocol", "datastore.serve_prompt"),
 }
 IMPURE_IMPORTS = {

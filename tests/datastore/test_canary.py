@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from common.config import load_config, named_config
 from common.errors import ConfigError, EngineError, FormatError
@@ -24,6 +25,7 @@ from datastore.canary import (
     write_canary,
 )
 from datastore.canary_reference import write_reference
+from datastore.cli import main
 from datastore.prompt import ScoreRequest
 from datastore.target import content_key, position_uniforms, reduce_logprobs
 from datastore.teacher import TeacherConfig, weights_identity
@@ -208,6 +210,13 @@ def test_a_teacher_without_a_reference_is_refused_with_the_command(model: Path) 
     hub = teacher(model, "model=some/teacher", f"revision={'a' * 40}")
     with pytest.raises(EngineError, match="canary=PATH"):
         require_canary(engine(), hub, model)
+
+
+def test_the_command_refuses_before_an_engine_starts(model: Path) -> None:
+    (model / "canary.json").unlink()
+    result = CliRunner().invoke(main, ["canary", "--teacher", "tiny", f"model={model}"])
+    assert result.exit_code == 1
+    assert "has no canary" in result.output
 
 
 def test_random_weights_have_no_canary(model: Path) -> None:
