@@ -140,12 +140,12 @@ class TargetManifest(_Manifest):
     budget: dict[str, Any]
     alignment: dict[str, Any]
     counts: dict[str, Any]
-    id_order_sha256: str = ""
-    selection: dict[str, Any] = {}
-    shard_budgets: dict[Split, tuple[dict[str, Any], ...]] = {}
-    quarantine: tuple[QuarantinedDocument, ...] = ()
-    canary: dict[str, Any] = {}
-    self_noise: dict[str, Any] = {}
+    id_order_sha256: str
+    selection: dict[str, Any]
+    shard_budgets: dict[Split, tuple[dict[str, Any], ...]]
+    quarantine: tuple[QuarantinedDocument, ...]
+    canary: dict[str, Any]
+    self_noise: dict[str, Any]
     origin: dict[str, Any] | None = None
 
 

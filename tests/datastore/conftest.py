@@ -277,6 +277,10 @@ def _target_identity(dataset: Dataset, slug: str) -> dict:
         "threshold": THRESHOLD,
         "tokenizer": TokenizerInfo(),
         "alignment": {},
+        "selection": {},
+        "quarantine": (),
+        "canary": {},
+        "self_noise": {},
     }
 
 

@@ -276,6 +276,12 @@ def manifests() -> tuple[TargetManifest, DatasetManifest]:
         budget={},
         alignment={},
         counts={},
+        id_order_sha256="o",
+        selection={},
+        shard_budgets={},
+        quarantine=(),
+        canary={},
+        self_noise={},
     )
     return targets, dataset
 
