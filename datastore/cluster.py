@@ -47,7 +47,7 @@ def connected(address: str) -> Iterator[Any]:
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"no Ray at {address}: {error}",
-            remedy="start it with `ray start --head`, or give --ray local",
+            remedy="start it with `ray start --head`, give its RAY_AUTH_TOKEN, or take --ray local",
         ) from None
     try:
         yield ray

@@ -19,7 +19,7 @@ from typing import Any
 
 from common import logs
 from common.config import parse_config
-from common.errors import ResumeError
+from common.errors import EngineError, ResumeError
 from common.files import (
     canonical_json,
     exclusive_lock,
@@ -38,6 +38,7 @@ from datastore.reader import Dataset
 from datastore.score_fleet import Fleet, LocalRoom, Room, local_engines
 from datastore.score_job import ScoreRun, ShardJob, ShardRecord, require_few_quarantined
 from datastore.score_manifest import target_manifest
+from datastore.score_pieces import forgive
 from datastore.score_worker import VERSIONED, StartEngine, start_engine
 from datastore.selection import Selection
 from datastore.teacher import TeacherConfig, local_model, weights_identity
@@ -173,18 +174,26 @@ class _Stage:
         total = sum(counts.tokens for counts in self.dataset.manifest.counts.values())
         done = sum(record.row_tokens for record in records.values())
         _LOG.info("teacher %s: %s of %s tokens left", self.run.teacher.name, total - done, total)
-        with (
-            logs.progress("score", total, "tokens", done) as bar,
-            open_room() as (room, size),
-        ):
-            for record in Fleet(room, size, missing, self._join).run(bar, done):
-                records[record.name] = record
-                self._write_timings(records)
-                require_few_quarantined(
-                    sum(len(r.quarantine) for r in records.values()),
-                    sum(r.documents + len(r.quarantine) for r in records.values()),
-                    str(self.run.folder),
-                )
+        try:
+            with (
+                logs.progress("score", total, "tokens", done) as bar,
+                open_room() as (room, size),
+            ):
+                for record in Fleet(room, size, missing, self._join).run(bar, done):
+                    records[record.name] = record
+                    self._write_timings(records)
+                    self._require_few_quarantined(list(records.values()))
+        except EngineError:
+            raise  # the engines died by themselves
+        except BaseException:
+            for job in missing:
+                forgive(job)
+            raise
+
+    def _require_few_quarantined(self, records: list[ShardRecord]) -> None:
+        quarantined = sum(len(record.quarantine) for record in records)
+        scored = sum(record.documents for record in records)
+        require_few_quarantined(quarantined, quarantined + scored, str(self.run.folder))
 
     def _join(self, report: dict[str, Any]) -> None:
         """An engine has started: what the manifest says of engines holds for all of them."""

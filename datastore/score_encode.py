@@ -10,7 +10,7 @@ import functools
 import mmap
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,7 +66,7 @@ class SharedRows:
     lengths: tuple[int | None, ...]
 
     @classmethod
-    def of(cls, packed: list[np.ndarray | None]) -> SharedRows:
+    def of(cls, packed: Sequence[np.ndarray | None]) -> SharedRows:
         """Copy packed rows int32 [P, C] into shared memory; `close` frees it."""
         lengths = tuple(None if rows is None else len(rows) for rows in packed)
         width = next((rows.shape[1] for rows in packed if rows is not None), 0)
@@ -263,9 +263,14 @@ def assemble(job: ShardJob, mark: str, device: str) -> ShardRecord:
             headers.append(found[0])
             yield from zip(found[0].row_hashes, found[1], strict=True)
 
-    place = {"target_id": job.run.target_id, "split": job.split, "shard": job.shard}
     require_lease(job, mark)
-    entry = write_target_shard(job.run.folder, blobs(), **place)
+    entry = write_target_shard(
+        job.run.folder,
+        blobs(),
+        target_id=job.run.target_id,
+        split=job.split,
+        shard=job.shard,
+    )
     record = ShardRecord(
         entry=entry,
         documents=sum(header.documents for header in headers),
@@ -299,7 +304,7 @@ class Encoders:
         job: ShardJob,
         mark: str,
         piece: Piece,
-        packed: list[np.ndarray | None],
+        packed: Sequence[np.ndarray | None],
         quarantine: dict[int, str],
         seconds: float,
     ) -> Future[None]:

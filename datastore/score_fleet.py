@@ -66,6 +66,7 @@ class Host:
 
     def __init__(self, run: ScoreRun, start: StartEngine) -> None:
         self._run, self._start = run, start
+        self._worker: ShardWorker | None = None
 
     def begin(self) -> Event:
         """Start the engine."""
@@ -73,15 +74,20 @@ class Host:
 
     def work(self, job: ShardJob | None) -> Event:
         """Score a shard; None: finish those under way."""
-        return _answer(lambda: Done(self._worker.score(job) if job else self._worker.finish()))
+        return _answer(lambda: self._work(job))
 
     def close(self) -> None:
-        """Stop the engine."""
-        self._worker.close()
+        """Stop the engine, if it has started."""
+        if self._worker is not None:
+            self._worker.close()
 
     def _begin(self) -> Event:
         self._worker = ShardWorker(self._run, self._start)
         return Ready(self._worker.report)
+
+    def _work(self, job: ShardJob | None) -> Event:
+        assert self._worker is not None, "a job comes after Ready"
+        return Done(self._worker.score(job) if job else self._worker.finish())
 
 
 def _answer(action: Callable[[], Event]) -> Event:
@@ -139,7 +145,11 @@ class Fleet:
     """A number of engines in a room, and the shards they have to score."""
 
     def __init__(
-        self, room: Room, engines: int, jobs: Iterable[ShardJob], join: Callable[[dict], None]
+        self,
+        room: Room,
+        engines: int,
+        jobs: Iterable[ShardJob],
+        join: Callable[[dict[str, Any]], None],
     ) -> None:
         """join: called with the report of each engine that starts; what it raises ends the run."""
         self._room, self._join = room, join
@@ -151,6 +161,7 @@ class Fleet:
 
         Raises the error of a worker that another try would not repair, EngineError when no engine is left.
         """
+        _LOG.info("starting %d engines for %d shards", len(self._engines), len(self._waiting))
         for number in self._engines:
             self._room.start(number)
         shown = done
@@ -177,6 +188,7 @@ class Fleet:
         if isinstance(event, Ready):
             self._join(event.report)
             engine.was_ready = True
+            _LOG.info("engine %d is ready (%s)", number, event.report["engine"]["device"])
         engine.failures, engine.parts = 0, -1
         names = {record.name for record in records}
         engine.held = [job for job in engine.held if job.name not in names]
@@ -306,13 +318,10 @@ def _engine_process(
     os.environ.update(environment)
     logs.setup(rank=1)
     host = Host(run, start)
-    pipe.send(host.begin())
-    while True:
-        try:
-            job = pipe.recv()
-        except EOFError:
-            break
-        pipe.send(host.work(job))
+    with contextlib.suppress(EOFError, BrokenPipeError):  # the fleet needs it no more
+        pipe.send(host.begin())
+        while True:
+            pipe.send(host.work(pipe.recv()))
     host.close()
 
 

@@ -47,7 +47,7 @@ class ScoreRun:
     folder: Path
     teacher: TeacherConfig
     weights: dict[str, Any]
-    versions: dict[str, str]
+    versions: dict[str, str | None]
     selection: Selection
     target_id: str
     order_sha256: str

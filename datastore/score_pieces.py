@@ -270,6 +270,17 @@ def scored_tokens(job: ShardJob) -> int:
     return sum(piece.tokens for piece in pieces if piece_path(job, piece).exists())
 
 
+def forgive(job: ShardJob) -> None:
+    """Take back the tries of what was under way: its engines were ended from outside, which is no fault of theirs."""
+    for path in job.folder.glob("piece-*.json"):
+        tries = Tries.model_validate_json(path.read_bytes())
+        parts = tuple(
+            part.model_copy(update={"tries": part.tries - (part.error == _DIED)})
+            for part in tries.parts
+        )
+        write_json(path, tries.model_copy(update={"parts": parts}).resolved())
+
+
 def finished_parts(job: ShardJob) -> int:
     """Files of scored pieces and parts: it grows with every success."""
     return sum(path.suffix in (".bin", ".npz") for path in job.folder.glob("piece-*"))

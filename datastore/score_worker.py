@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -81,7 +81,7 @@ class _OpenShard:
     mark: str
     release: contextlib.ExitStack
     encoding: dict[Future[None], Piece] = field(default_factory=dict)
-    seconds: collections.Counter[int] = field(default_factory=collections.Counter)
+    seconds: dict[int, float] = field(default_factory=dict)
     is_scored: bool = False
     record: Future[ShardRecord] | None = None
 
@@ -116,7 +116,7 @@ class ShardWorker:
                 continue
             packed = self._score_part(shard, piece, part)
             now = time.monotonic()
-            shard.seconds[piece.number] += now - start
+            shard.seconds[piece.number] = shard.seconds.get(piece.number, 0.0) + now - start
             start = now
             if packed is not None:
                 self._hand_over(shard, piece, packed, {})
@@ -196,7 +196,7 @@ class ShardWorker:
         self,
         shard: _OpenShard,
         piece: Piece,
-        packed: list[np.ndarray | None],
+        packed: Sequence[np.ndarray | None],
         quarantine: dict[int, str],
     ) -> None:
         """Give a piece to an encoder, after waiting until few others wait."""
@@ -204,7 +204,7 @@ class ShardWorker:
             wait(waiting, return_when=FIRST_COMPLETED)
             self._settle_encoded()
         shard.work.hand_over(piece)
-        seconds = shard.seconds[piece.number]
+        seconds = shard.seconds.get(piece.number, 0.0)  # none: scored by an earlier run
         future = self._encoders.encode(
             shard.work.job, shard.mark, piece, packed, quarantine, seconds
         )
