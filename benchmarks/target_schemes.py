@@ -74,7 +74,8 @@ class Entries:
         return cls(rows_E=rows_E, **others)
 
 
-def _entries(chunk: Chunk, rows_E, columns_E, weights_E, counts_E=None) -> Entries:
+def entries_at(chunk: Chunk, rows_E, columns_E, weights_E, counts_E=None) -> Entries:
+    """Entries of a chunk; counts_E: 0 (stored with its probability) where none are given."""
     probs_E = chunk.probs_CV[rows_E, columns_E].float()
     counts_E = torch.zeros_like(rows_E) if counts_E is None else counts_E
     return Entries(
@@ -138,7 +139,7 @@ class _Tail:
 
     def draws(self, uniforms_C: torch.Tensor, spacing: float) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows, columns) that the points (j + u) * spacing hit."""
-        points_CJ = _points(uniforms_C, spacing)
+        points_CJ = grid_points(uniforms_C, spacing)
         heads_before_CJ = torch.searchsorted(self.before_CK, points_CJ, right=True)
         shift_CK1 = torch.nn.functional.pad(self.head_CK, (1, 0))
         whole_CJ = points_CJ + shift_CK1.gather(1, heads_before_CJ)
@@ -147,7 +148,8 @@ class _Tail:
         return rows, columns_CJ[rows, points]
 
 
-def _points(uniforms_C: torch.Tensor, spacing: float) -> torch.Tensor:
+def grid_points(uniforms_C: torch.Tensor, spacing: float) -> torch.Tensor:
+    """(j + u) * spacing for j = 0, 1, ...: float64 [C, J], reaching past 1."""
     return (torch.arange(int(1 / spacing) + 2) + uniforms_C[:, None]) * spacing
 
 
@@ -158,13 +160,13 @@ def target_entries(chunk: Chunk, target: SparseTarget) -> Entries:
     columns_E = torch.from_numpy(target.ids_E.astype(np.int64))
     in_head_E = head_mask(target.num_head_P, counts_C - target.num_head_P)
     drawn_E = torch.from_numpy(~in_head_E)
-    return _entries(chunk, rows_E, columns_E, torch.from_numpy(target.weights_E), drawn_E)
+    return entries_at(chunk, rows_E, columns_E, torch.from_numpy(target.weights_E), drawn_E)
 
 
 def systematic(chunk: Chunk, seed: int, num_points: int) -> Entries:
     """Systematic draws over the whole distribution, weight 1/n each."""
     mass_C1 = chunk.cumulative_CV[:, -1:]
-    points_CJ = _points(chunk.uniforms(seed), 1 / num_points)[:, :num_points] * mass_C1
+    points_CJ = grid_points(chunk.uniforms(seed), 1 / num_points)[:, :num_points] * mass_C1
     return _counted(chunk, points_CJ)
 
 
@@ -185,7 +187,7 @@ def _counted(chunk: Chunk, points_CJ: torch.Tensor) -> Entries:
     keys_CJ = torch.arange(len(columns_CJ))[:, None] * vocab_size + columns_CJ
     keys_E, counts_E = torch.unique(keys_CJ, return_counts=True)
     weights_E = counts_E / num_points
-    return _entries(chunk, keys_E // vocab_size, keys_E % vocab_size, weights_E, counts_E)
+    return entries_at(chunk, keys_E // vocab_size, keys_E % vocab_size, weights_E, counts_E)
 
 
 def top_k(chunk: Chunk, _seed: int, k: int) -> Entries:
@@ -193,7 +195,7 @@ def top_k(chunk: Chunk, _seed: int, k: int) -> Entries:
     probs_CK, columns_CK = (top_CK[:, :k] for top_CK in chunk.top_CK)
     rows = torch.arange(len(probs_CK)).repeat_interleave(k)
     weights_CK = probs_CK / probs_CK.sum(dim=1, keepdim=True)
-    return _entries(chunk, rows, columns_CK.flatten(), weights_CK.flatten())
+    return entries_at(chunk, rows, columns_CK.flatten(), weights_CK.flatten())
 
 
 def polynomial(chunk: Chunk, _seed: int, k: int) -> Entries:
@@ -209,7 +211,7 @@ def polynomial(chunk: Chunk, _seed: int, k: int) -> Entries:
     logs_CK[:, 1:] = logs_CK[:, 1:] @ fit_KK.T
     weights_CK = logs_CK.softmax(dim=1)
     rows = torch.arange(len(probs_CK)).repeat_interleave(k)
-    return _entries(chunk, rows, columns_CK.flatten(), weights_CK.flatten())
+    return entries_at(chunk, rows, columns_CK.flatten(), weights_CK.flatten())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

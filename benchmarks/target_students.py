@@ -161,8 +161,9 @@ def judge(
 ) -> dict[str, float]:
     """How far a scheme's gradients and KL are from full KD for one student.
 
-    angle (degrees), error: of the lm_head's gradient. body_error: of the layer under it. kl_rms, kl_mean: error of the
-    KL estimate lse - sum T z - H(P) in nats, root mean square over positions, and of the mean.
+    angle (degrees), error: of the lm_head's gradient. body_error: of the layer under it. hidden_noise: of the teacher's
+    part P W of the gradient to the hidden state, over positions. kl_rms, kl_mean: error of the KL estimate
+    lse - sum T z - H(P) in nats, root mean square over positions, and of the mean.
     """
     shape = (len(hidden_PD), len(head_VD))
     places_2E = torch.stack([entries.rows_E, entries.columns_E])
@@ -171,13 +172,14 @@ def judge(
     grad_VD = exact.grad_VD + exact.teacher_VD - target_VD
     angle, error = angle_and_error(grad_VD, exact.grad_VD)
     body_PD = torch.sparse.mm(target_PV, head_VD)  # T W: its product with h is also sum T z
-    body_error_DD = hidden_PD.T @ (body_PD - exact.body_PD)
+    noise_PD = body_PD - exact.body_PD
     scored_P = (body_PD * hidden_PD).sum(dim=1, dtype=torch.float64)
     kl_P = exact.lse_P - scored_P - exact.entropy_P
     return {
         "angle": angle,
         "error": error,
-        "body_error": float(body_error_DD.norm() / exact.body_grad_DD.norm()),
+        "body_error": float((hidden_PD.T @ noise_PD).norm() / exact.body_grad_DD.norm()),
+        "hidden_noise": float(noise_PD.norm() / exact.body_PD.norm()),
         **kl_errors(kl_P, exact.kl_P),
     }
 
