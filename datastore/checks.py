@@ -10,14 +10,13 @@ import numpy as np
 
 from common.errors import FormatError
 from common.tokenizer import FIRST_CONTROL_ID, PAD, START
-from datastore.budget import Budget, ClassBudget
+from datastore.budget import CLASSES, Budget, ClassBudget
 from datastore.codec_target import MAX_REALISED_ERROR
 from datastore.harmony import parse
 from datastore.manifest import SpanTokens, SplitCounts
 from datastore.target import class_masks
 from datastore.types import SPAN_FINAL, SPAN_REASONING, DocTarget, PackedRow, SparseTarget, Split
 
-CLASSES = ("reasoning", "final", "control")
 _SPAN_OF_CHANNEL = {"analysis": SPAN_REASONING, "final": SPAN_FINAL}
 
 
