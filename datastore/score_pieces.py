@@ -155,7 +155,7 @@ class ShardWork:
             if finished := read_piece(piece_path(job, piece)):
                 self._quarantined += len(finished[0].quarantine)
             else:
-                self._tries[piece.number] = self._load(piece)
+                self._tries[piece.number] = self._read(piece).settled(piece.documents)
         self.require_few_quarantined(0)
 
     def rows(self, piece: Piece) -> list[PackedRow]:
@@ -215,9 +215,9 @@ class ShardWork:
 
     def note_lost(self, piece: Piece, error: str) -> None:
         """The encoder could not make a piece of what the engine returned: that try failed."""
-        self._tries[piece.number] = tries = self._load(piece)
-        for part in tries.parts:
-            self.fail(piece, part, error)
+        tries = self._read(piece)
+        parts = tuple(part.model_copy(update={"error": error}) for part in tries.parts)
+        self._write(piece, tries.model_copy(update={"parts": parts}).settled(piece.documents))
 
     def require_few_quarantined(self, more: int) -> None:
         """QuarantineError when the shard has too many quarantined documents, `more` new ones among them."""
@@ -225,11 +225,11 @@ class ShardWork:
         documents = sum(piece.documents for piece in self.pieces)
         require_few_quarantined(self._quarantined + held + more, documents, self.job.name)
 
-    def _load(self, piece: Piece) -> Tries:
+    def _read(self, piece: Piece) -> Tries:
         path = _tries_path(self.job, piece)
         if not path.exists():
             return Tries(parts=(Part(first=0, end=piece.documents),))
-        return Tries.model_validate_json(path.read_bytes()).settled(piece.documents)
+        return Tries.model_validate_json(path.read_bytes())
 
     def _write(self, piece: Piece, tries: Tries) -> None:
         write_json(_tries_path(self.job, piece), tries.resolved())

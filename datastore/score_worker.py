@@ -242,8 +242,8 @@ class ShardWorker:
                 shard.record = self._encoders.assemble(shard.work.job, shard.mark, device)
             if shard.record is not None and shard.record.done():
                 records.append(_result(shard.record))
+                shard.release.close()  # first: NFS cannot remove a folder with an open file
                 shutil.rmtree(shard.work.job.folder)
-                shard.release.close()
                 self._open.remove(shard)
         return records
 

@@ -17,7 +17,8 @@ from datastore.score_worker import StartEngine
 from datastore.types import SparseTarget
 from tests.datastore.conftest import document_target
 
-Harm = Literal["exit", "exit once", "raise", "nan"]
+# impossible: targets whose masses do not add up, which only the encoder sees.
+Harm = Literal["exit", "exit once", "raise", "nan", "impossible"]
 
 
 class MadeEngine:
@@ -47,6 +48,8 @@ class MadeEngine:
             raise MemoryError("CUDA out of memory")
         if harm == "nan":
             rows_PC[len(rows_PC) // 2, 2] = np.float32(np.nan).view(np.int32)
+        if harm == "impossible":
+            rows_PC[len(rows_PC) // 2, 3] = np.float32(0.0).view(np.int32)
 
     def _target(self, request: ScoreRequest) -> SparseTarget:
         spans_T = np.zeros(len(request.prompt_T), np.uint8)

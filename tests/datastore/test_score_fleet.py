@@ -102,7 +102,7 @@ def test_a_quiet_run_scores_every_document_once(dataset: Path, quiet: TargetMani
 def test_an_engine_that_dies_loses_one_piece(copy, teacher, quiet, dataset, tmp_path) -> None:
     # The first document of the second piece of the first shard kills the process once.
     harm: dict[int, Harm] = {key_of(copy, "train", 2, 0): "exit once"}
-    manifest = score_dataset(copy, teacher, start=starting(tmp_path / "log", harm))
+    manifest = score_dataset(copy, teacher, engines=2, start=starting(tmp_path / "log", harm))
     assert manifest == quiet
     assert_same_shards(copy, dataset)
     scored = collections.Counter((tmp_path / "log").read_text().split())
@@ -111,11 +111,12 @@ def test_an_engine_that_dies_loses_one_piece(copy, teacher, quiet, dataset, tmp_
 
 
 def test_poison_documents_are_quarantined(copy, teacher, quiet, tmp_path, dataset) -> None:
-    """One that kills the process, one that raises, one that gives NaN: each alone in its row's targets as None."""
+    """One kills its process, one raises, one gives NaN, one impossible targets: each alone is None in its row."""
     poison: dict[tuple, Harm] = {
         ("train", 2, 0): "exit",
         ("train", 5, 2): "raise",
         ("valid", 0, 1): "nan",
+        ("valid", 1, 0): "impossible",
     }
     harm = {key_of(copy, *place): kind for place, kind in poison.items()}
     manifest = score_dataset(copy, teacher, start=starting(tmp_path / "log", harm))
@@ -124,7 +125,9 @@ def test_poison_documents_are_quarantined(copy, teacher, quiet, tmp_path, datase
         for q in manifest.quarantine
     }
     assert found.keys() == poison.keys()
-    for place, reason in zip(poison, ("died, 3 times", "CUDA out of memory", "NaN"), strict=True):
+    for place, reason in zip(
+        poison, ("died, 3 times", "CUDA out of memory", "NaN", "mass"), strict=True
+    ):
         assert reason in found[place][1]
     opened, other = Dataset.open(copy), Dataset.open(dataset)
     store, undisturbed = TargetStore.open(opened, "tiny"), TargetStore.open(other, "tiny")
@@ -142,7 +145,7 @@ def test_poison_documents_are_quarantined(copy, teacher, quiet, tmp_path, datase
                 documents, undisturbed.documents(split, index, row), strict=True
             ):
                 assert mine is None or np.array_equal(mine.target.ids_E, theirs.target.ids_E)
-    assert sum(counts["documents"] for counts in manifest.counts.values()) == 21
+    assert sum(counts["documents"] for counts in manifest.counts.values()) == 20
 
 
 def test_too_many_poison_documents_stop_the_run(copy, teacher, tmp_path) -> None:
