@@ -25,7 +25,6 @@ from datastore.types import (
     TargetSums,
 )
 
-LOWEST_LOGPROB = -65504.0  # the lowest finite fp16
 # Below 1/254 a flat distribution could take 256 draws, which a byte cannot count.
 MIN_THRESHOLD, MAX_THRESHOLD = 1 / 254, 1 / 2
 NORMALISATION_TOLERANCE = 1e-3
@@ -298,9 +297,9 @@ def require_valid(
     in_head_E = head_mask(target.num_head_P, counts_P - target.num_head_P)
     _require_valid_entries(target, in_head_E, counts_P, head_tolerance)
     _require(
-        np.all((target.realised_logprob_P <= 0) & (target.realised_logprob_P >= LOWEST_LOGPROB)),
-        "a realised logprob is out of the range that is stored",
-        f"{LOWEST_LOGPROB:.0f} to 0",
+        np.all((target.realised_logprob_P <= 0) & np.isfinite(target.realised_logprob_P)),
+        "a realised logprob is not one of a token that occurred",
+        "finite, at most 0",
     )
     head_mass_P = np.bincount(
         np.repeat(np.arange(num_positions), target.num_head_P),
