@@ -173,7 +173,8 @@ class _Stage:
         """Score what is missing; `records` and the files of this run grow with each finished shard."""
         total = sum(counts.tokens for counts in self.dataset.manifest.counts.values())
         done = sum(record.row_tokens for record in records.values())
-        _LOG.info("teacher %s: %s of %s tokens left", self.run.teacher.name, total - done, total)
+        name, left = self.run.teacher.name, total - done
+        _LOG.info("teacher %s: %s of %s tokens left", name, f"{left:,}", f"{total:,}")
         try:
             with (
                 logs.progress("score", total, "tokens", done) as bar,
