@@ -41,7 +41,7 @@ from datastore.target import (
 from datastore.types import DocTarget, PackedRow, SparseTarget, TargetSums
 
 RESULT = Path(__file__).parent / "results" / "codec.json"
-ROW_TARGETS, SMOLLM_ROWS, CHUNK, REPEATS = 2048, 2, 64, 40
+ROW_TARGETS, SMOLLM_ROWS, CHUNK, REPEATS = 2048, 2, 64, 200
 THRESHOLDS = (1 / 12, 1 / 25, 1 / 50, 1 / 100)
 STREAMS = (
     *("head_counts", "draw_counts", "realised_places", "second_head_steps", "later_head_steps"),

@@ -286,20 +286,12 @@ def decode_target(fields: Fields, raw: memoryview, scored: Scored, shape: Shape)
     num_head_P, num_draws_P = shape.num_head_P, shape.num_draws_P
     streams = _Streams.take(fields, shape)
     place_P = streams.place_P
-    head_bases, head_widths = bases_of(streams.head_cells, HEAD_RESOLUTION)
-    draw_cells = within_positions(streams.draw_steps, num_draws_P)
-    if draw_cells.max(initial=0) > 255:
-        raise damaged("a draw lies in no cell")
-    resolution_S = np.repeat(resolution_of(num_draws_P), num_draws_P)
-    draw_bases, draw_widths = bases_of(draw_cells, resolution_S)
-    widths = [head_widths, draw_widths, shape.tail_widths(), shape.realised_widths(place_P)]
-    values_N = unpack_bits(raw, np.concatenate(widths))
-    head_raw, draw_raw, tail_raw_P, realised_raw_P = np.split(
-        values_N, np.cumsum([len(part) for part in widths[:-1]])
+    bases, id_widths = _cells(streams, num_draws_P)
+    widths = [id_widths, shape.tail_widths(), shape.realised_widths(place_P)]
+    id_raw, tail_raw_P, realised_raw_P = np.split(
+        unpack_bits(raw, np.concatenate(widths)), np.cumsum([len(part) for part in widths[:-1]])
     )
-    hits = (_starts(num_head_P) + place_P - 1)[place_P > 0]
-    head_ids = _head_ids(head_bases + head_raw, hits, num_head_P, scored)
-    draw_codes = draw_bases + draw_raw
+    head_codes, draw_codes = np.split(bases + id_raw, [len(streams.head_cells)])
     _require_rising(draw_codes, num_draws_P)
 
     tail_P, log_tail_P = tail_masses(shape, streams.tail_steps, tail_raw_P)
@@ -307,23 +299,51 @@ def decode_target(fields: Fields, raw: memoryview, scored: Scored, shape: Shape)
     weights_H = head_weights(streams.head_steps, num_head_P, tail_P)
     if weights_H.min(initial=1.0) < shape.threshold * (1 - 2 * MAX_HEAD_ERROR):
         raise damaged("a head entry lies below the threshold")
+    hits = (_starts(num_head_P) + place_P - 1)[place_P > 0]
     base_P = _bases(weights_H, hits, place_P)
     realised_P = realised_logprobs(streams.whole, realised_raw_P, shape, place_P, base_P)
-    draw_ids = _ids(draw_codes, num_draws_P, scored)
-    return _assemble(shape, scored, (head_ids, weights_H), draw_ids, (realised_P, log_tail_P))
+
+    counts_P = num_head_P + num_draws_P
+    head_at, draw_at = _entries(shape)
+    codes_E = np.zeros(len(head_at) + len(draw_at), np.int64)
+    codes_E[np.delete(head_at, hits)], codes_E[draw_at] = head_codes, draw_codes
+    ids_E = _ids(codes_E, counts_P, scored)
+    ids_E[head_at[hits]] = scored.realised_P[place_P > 0]
+    weights_E = np.full(len(ids_E), shape.threshold, np.float32)
+    weights_E[head_at] = weights_H
+    return SparseTarget(
+        threshold=shape.threshold,
+        positions_P=np.concatenate(scored.positions),
+        num_head_P=num_head_P.astype(np.int32),
+        offsets_P1=np.concatenate([[0], np.cumsum(counts_P)]),
+        ids_E=ids_E,
+        weights_E=weights_E,
+        realised_logprob_P=realised_P.astype(np.float32),
+        log_tail_mass_P=log_tail_P.astype(np.float32),
+    )
 
 
-def _head_ids(
-    codes: np.ndarray, hits: np.ndarray, num_head_P: np.ndarray, scored: Scored
-) -> np.ndarray:
-    """The ids of head entries: of the coded ones, and the realised tokens where they stand. int32 [H]."""
-    is_hit_H = np.zeros(int(num_head_P.sum()), dtype=bool)
-    is_hit_H[hits] = True
-    codes_H = np.zeros(len(is_hit_H), np.int64)
-    codes_H[~is_hit_H] = codes
-    ids_H = _ids(codes_H, num_head_P, scored)
-    ids_H[is_hit_H] = np.repeat(scored.realised_P, num_head_P)[is_hit_H]
-    return ids_H
+def _cells(streams: _Streams, num_draws_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First codes and raw widths of all cells, those of heads in front of those of draws."""
+    draw_cells = within_positions(streams.draw_steps, num_draws_P)
+    if draw_cells.max(initial=0) > 255:
+        raise damaged("a draw lies in no cell")
+    head_resolutions = np.full(len(streams.head_cells), HEAD_RESOLUTION)
+    draw_resolutions = np.repeat(resolution_of(num_draws_P), num_draws_P)
+    return bases_of(
+        np.concatenate([streams.head_cells, draw_cells]),
+        np.concatenate([head_resolutions, draw_resolutions]),
+    )
+
+
+def _entries(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+    """Where heads and draws go: behind those of earlier positions, and draws behind the head of their own."""
+    num_head_P, num_draws_P = shape.num_head_P, shape.num_draws_P
+    head_at = np.repeat(_starts(num_draws_P), num_head_P)
+    draw_at = np.repeat(np.cumsum(num_head_P), num_draws_P)
+    head_at += np.arange(len(head_at))
+    draw_at += np.arange(len(draw_at))
+    return head_at, draw_at
 
 
 def _require_rising(codes_S: np.ndarray, num_draws_P: np.ndarray) -> None:
@@ -332,34 +352,3 @@ def _require_rising(codes_S: np.ndarray, num_draws_P: np.ndarray) -> None:
     rises[starts[1:] - 1] = True
     if not rises.all():
         raise damaged("the draws of a position are not in rising order")
-
-
-def _assemble(
-    shape: Shape,
-    scored: Scored,
-    heads: tuple[np.ndarray, np.ndarray],
-    draw_ids: np.ndarray,
-    logprobs: tuple[np.ndarray, np.ndarray],
-) -> SparseTarget:
-    """heads: ids and weights. logprobs: realised, and log of the tail mass."""
-    num_head_P, num_draws_P = shape.num_head_P, shape.num_draws_P
-    offsets_P1 = np.zeros(len(num_head_P) + 1, np.int64)
-    np.cumsum(num_head_P + num_draws_P, out=offsets_P1[1:])
-    head_ids, weights_H = heads
-    # Where heads and draws go: behind those of earlier positions, and draws behind the head of their own.
-    head_at = np.arange(len(head_ids)) + np.repeat(_starts(num_draws_P), num_head_P)
-    draw_at = np.arange(len(draw_ids)) + np.repeat(np.cumsum(num_head_P), num_draws_P)
-    ids_E = np.empty(len(head_ids) + len(draw_ids), np.int32)
-    ids_E[head_at], ids_E[draw_at] = head_ids, draw_ids
-    weights_E = np.full(len(ids_E), shape.threshold, np.float32)
-    weights_E[head_at] = weights_H
-    return SparseTarget(
-        threshold=shape.threshold,
-        positions_P=np.concatenate(scored.positions),
-        num_head_P=num_head_P.astype(np.int32),
-        offsets_P1=offsets_P1,
-        ids_E=ids_E,
-        weights_E=weights_E,
-        realised_logprob_P=logprobs[0].astype(np.float32),
-        log_tail_mass_P=logprobs[1].astype(np.float32),
-    )
