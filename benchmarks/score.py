@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -25,59 +24,15 @@ import click
 import numpy as np
 
 from benchmarks.gpt_oss_shape import SHAPES, shaped_model
+from benchmarks.score_parts import MEAN_TOKENS, Sample, host_rate, spread_rows, vocabulary_parts
 from common.config import load_config, named_config
 from common.files import write_json
 from common.provenance import git_sha, package_versions
-from common.tokenizer import VOCAB_SIZE
 from datastore.prompt import ScoreRequest
-from datastore.target import content_key
 from datastore.teacher import TeacherConfig, local_model
 
 ENGINES = ("prefill", "stock", "ours")
 RESULTS = Path(__file__).parent / "results"
-# SYNTH (docs/format.md): 856 tokens a document on average, 20 % above 1024: a log-normal with mean 856 and
-# sigma 0.25; 101 tokens of constant prefix; 83 % of all tokens are targets.
-MEAN_TOKENS, SIGMA, PREFIX_TOKENS, TARGET_SHARE = 856, 0.25, 101, 0.83
-
-
-@dataclass(frozen=True, eq=False)
-class Sample:
-    """Documents of random ids, as the work does not depend on which, and where each one's targets start."""
-
-    documents: list[np.ndarray]
-    first_targets: list[int]
-
-    @classmethod
-    def make(cls, count: int, mean: int) -> Sample:
-        """`count` documents of `mean` tokens on average."""
-        random = np.random.default_rng(0)
-        scale = mean / MEAN_TOKENS
-        lengths = np.exp(random.normal(np.log(mean) - SIGMA**2 / 2, SIGMA, count)).astype(int) + 2
-        prefix = random.integers(0, 199_000, int(PREFIX_TOKENS * scale))
-        bodies = [random.integers(0, 199_000, max(n - len(prefix), 2)) for n in lengths]
-        documents = [np.concatenate([prefix, body]).astype(np.int32) for body in bodies]
-        return cls(
-            documents,
-            [max(len(prefix), int((1 - TARGET_SHARE) * len(d))) for d in documents],
-        )
-
-    @property
-    def tokens(self) -> int:
-        return sum(map(len, self.documents))
-
-    def requests(self, *, every_position: bool) -> list[ScoreRequest]:
-        """All positions, or those whose next token is a target."""
-        return [
-            ScoreRequest(
-                prompt_T=tokens_T,
-                positions_P=np.arange(
-                    0 if every_position else first - 1, len(tokens_T) - 1, dtype=np.int32
-                ),
-                shift=0,
-                content_key=content_key(tokens_T),
-            )
-            for tokens_T, first in zip(self.documents, self.first_targets, strict=True)
-        ]
 
 
 def measure_ours(
@@ -98,7 +53,6 @@ def measure_ours(
         plain, other = scorer._encode(every, read_cache=False), whole(targets[::-1])[::-1]
         reused = scorer.score_packed(targets)
     np.save(out / "ours.npy", np.concatenate([realised(rows) for rows in plain]))
-    np.savez(out / "packed.npz", *reused)
     return {
         "arms": arms,
         "prefix_reused_against_not": differences(reused, whole_targets(plain, every, targets)),
@@ -184,79 +138,6 @@ def timed(run: Callable[[], object], sample: Sample, passes: int) -> dict[str, A
     }
 
 
-def vocabulary_parts(teacher: TeacherConfig, hidden: int) -> dict[str, float]:
-    """Microseconds a position of the lm_head product alone and of the whole reduction, at the config's chunk."""
-    import torch
-
-    from datastore.reduce import VocabShard, _head_logits, reduce_hidden
-
-    engine, device = teacher.engine, torch.device(teacher.engine.device)
-    dtype = getattr(torch, teacher.dtype)
-    rows = 4 * engine.vocab_chunk_tokens
-    hidden_ND = torch.randn(rows, hidden, device=device).to(dtype)
-    head_VD = torch.randn(VOCAB_SIZE, hidden, device=device).mul_(3 * hidden**-0.5).to(dtype)
-    ids_N = torch.randint(0, VOCAB_SIZE, (rows,), device=device)
-    uniforms_N = torch.rand(rows, device=device, dtype=torch.float64)
-    out_NV = torch.empty(engine.vocab_chunk_tokens, VOCAB_SIZE, device=device)
-
-    def product() -> None:
-        for chunk_ND in hidden_ND.split(engine.vocab_chunk_tokens):
-            _head_logits(chunk_ND, head_VD, out_NV=out_NV)
-
-    def reduction() -> None:
-        reduce_hidden(
-            *(hidden_ND, head_VD, ids_N, uniforms_N),
-            threshold=teacher.threshold,
-            chunk=engine.vocab_chunk_tokens,
-            shard=VocabShard(),
-        )
-
-    def best(run: Callable[[], None]) -> float:
-        seconds = []
-        for _ in range(4):
-            start = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-        return min(seconds[1:]) / rows * 1e6
-
-    return {"lm_head_us": best(product), "lm_head_and_reduction_us": best(reduction)}
-
-
-def host_rate(sample: Sample, packed: Path, threshold: float) -> dict[str, float]:
-    """Tokens a second of one encoding process on these packed rows: unpack, encode, read back, check, budget."""
-    from datastore.id_order import IdOrder
-    from datastore.score_encode import encode_row
-    from datastore.types import PackedRow
-
-    with np.load(packed) as arrays:
-        rows = [arrays[name] for name in arrays.files]
-    order, size = IdOrder.identity(), 0
-    start = time.perf_counter()
-    for tokens_T, first, packed_PC in zip(
-        sample.documents, sample.first_targets, rows, strict=True
-    ):
-        spans_T = np.zeros(len(tokens_T), np.uint8)
-        spans_T[first:] = 2
-        row = PackedRow(
-            tokens_T=tokens_T,
-            spans_T=spans_T,
-            doc_ends_D=np.array([len(tokens_T)], np.int32),
-            doc_ids=(bytes(16),),
-            row_hash=0,
-            languages=("",),
-            exercises=("",),
-        )
-        blob, _, _ = encode_row(row, [packed_PC], threshold=threshold, order=order)
-        size += len(blob or b"")
-    seconds = time.perf_counter() - start
-    return {
-        "tokens_per_sec": sample.tokens / seconds,
-        "bytes_per_target": size / sum(map(len, rows)),
-    }
-
-
 def shares(parts: dict[str, float], tokens_per_sec: float, target_share: float) -> dict[str, float]:
     """Which share of a scored token's time the product, the reduction and all else take."""
     token_us = 1e6 / tokens_per_sec
@@ -329,6 +210,7 @@ def run_engine(
 ) -> dict[str, Any]:
     if engine == "parts":
         hidden = json.loads((model / "config.json").read_bytes())["hidden_size"]
+        np.savez(out / "packed.npz", *spread_rows(teacher, hidden, sample))
         return {**vocabulary_parts(teacher, hidden), "device": _device(teacher)}
     if engine == "ours":
         return measure_ours(teacher, model, sample, passes, out)
@@ -353,9 +235,8 @@ def report(found: dict[str, Any], host: dict[str, float], sample: Sample) -> dic
     targets = sum(len(r.positions_P) for r in sample.requests(every_position=False))
     parts = shares(found["parts"], ours, targets / sample.tokens)
     host["of_engine"] = host["tokens_per_sec"] / ours
-    click.echo(
-        f"{'host, one process':30} {host['tokens_per_sec']:10,.0f} tokens/s ({host['of_engine']:.1f}x)"
-    )
+    name = f"host, {host['processes']} processes"
+    click.echo(f"{name:30} {host['tokens_per_sec']:10,.0f} tokens/s ({host['of_engine']:.1f}x)")
     click.echo(", ".join(f"{name} {share:.0%}" for name, share in parts.items()))
     return {
         "arms": arms,
