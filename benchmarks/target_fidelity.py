@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from benchmarks.target_schemes import (
     SEEDS,
     THRESHOLD,
     THRESHOLDS,
+    TOP_K,
     Chunk,
     Entries,
     target_entries,
@@ -147,6 +148,31 @@ def calibration(entries: Entries, mass_B: np.ndarray) -> list[float]:
     return (stored_B / mass_B - 1).tolist()
 
 
+def on_a_quarter(teacher: Teacher, draws: Draws) -> dict[str, Any]:
+    """Errors for the near student over the first quarter of the positions: what averages out and what does not."""
+    firsts = np.cumsum([0] + [len(positions_P) for positions_P in teacher.positions()])
+    number = int(np.searchsorted(firsts, len(teacher.hidden_PD) / 4))
+    part = replace(
+        teacher,
+        documents=teacher.documents[:number],
+        hidden_PD=teacher.hidden_PD[: firsts[number]],
+    )
+    exact, weights = reference(STUDENTS[0], part), STUDENTS[0].weights(part)
+    errors: dict[str, Any] = {"positions": int(firsts[number])}
+    for family, size in ((THRESHOLD, 25), (IID, 50), (TOP_K, 12)):
+        keys = by_point(draws)[family, size]
+        parts = [first_rows(draws.entries[key], int(firsts[number])) for key in keys]
+        errors[f"{family} {size}"] = spread([judge(one, exact, *weights) for one in parts])
+    for place, k in enumerate(GHOST_SIZES):
+        errors[f"{GHOST} {k}"] = spread([ghost_figures(exact, place)])
+    return errors
+
+
+def first_rows(entries: Entries, num_rows: int) -> Entries:
+    kept_E = entries.rows_E < num_rows
+    return Entries(**{f.name: getattr(entries, f.name)[kept_E] for f in fields(Entries)})
+
+
 def spread(figures: list[dict[str, float]]) -> dict[str, dict[str, float]]:
     """Mean and (with several seeds) standard deviation of each figure."""
     table = {name: np.array([one[name] for one in figures]) for name in figures[0]}
@@ -226,7 +252,7 @@ def ghost_figures(exact: Reference, number: int) -> dict[str, float]:
 
 
 def interpolate(curve: list[tuple[float, float]], at: float) -> float:
-    """The y of a falling curve of (x, y) at x = `at`, linear in the logarithms; nan outside its range."""
+    """The y of a curve of (x, y) at x = `at`, linear in the logarithms; nan outside its range."""
     xs, ys = np.log(np.array(sorted(curve))).T
     return float(np.exp(np.interp(np.log(at), xs, ys, left=np.nan, right=np.nan)))
 
@@ -235,32 +261,28 @@ def goals(rows: list[dict[str, Any]], student: str) -> dict[str, Any]:
     """The three figures that a store of targets is held to, for one student.
 
     bytes_at_iid50: where our curve has the error of 50 independent draws. error_at_36_over_iid50: our error at 36 bytes
-    over theirs. advantage: over every point of every other scheme, the least of its error over ours at its bytes, with
-    its own formula and with the ideal coder of target_bytes (ours at its real bytes in both).
+    over theirs. advantages: of every point of every other scheme, its error over ours at its bytes, by its own formula
+    and by the ideal coder of target_bytes (ours at its real bytes in both); the least of them.
+    beyond: points larger than our smallest threshold's, their error over ours at that threshold.
     """
-    ours = [
-        (row["bytes"], row["students"][student]["error"]["mean"])
-        for row in rows
-        if row["family"] == THRESHOLD
-    ]
-    others = [row for row in rows if row["family"] != THRESHOLD]
-    iid = next(r for r in others if (r["family"], r["size"]) == (IID, 50))
-    iid_error = iid["students"][student]["error"]["mean"]
-    ratios = {
-        kind: {
-            f"{row['family']} {row['size']}": row["students"][student]["error"]["mean"]
-            / interpolate(ours, row[kind])
-            for row in others
-        }
-        for kind in ("bytes", "coded_bytes")
+    errors = {(r["family"], r["size"]): r["students"][student]["error"]["mean"] for r in rows}
+    ours = [(r["bytes"], errors[THRESHOLD, r["size"]]) for r in rows if r["family"] == THRESHOLD]
+    largest, least_error = max(ours)
+    figures: dict[str, Any] = {
+        "bytes_at_iid50": interpolate([(e, size) for size, e in ours], errors[IID, 50]),
+        "error_at_36_over_iid50": interpolate(ours, 36.0) / errors[IID, 50],
     }
-    return {
-        "bytes_at_iid50": interpolate([(error, size) for size, error in ours], iid_error),
-        "error_at_36_over_iid50": interpolate(ours, 36.0) / iid_error,
-        "least_advantage_at_own_bytes": min(ratios["bytes"].values()),
-        "least_advantage_at_coded_bytes": min(ratios["coded_bytes"].values()),
-        "advantages": ratios,
-    }
+    for kind in ("bytes", "coded_bytes"):
+        advantages, beyond = {}, {}
+        for row in (row for row in rows if row["family"] != THRESHOLD):
+            error, name = errors[row["family"], row["size"]], f"{row['family']} {row['size']}"
+            if row[kind] > largest:
+                beyond[name] = error / least_error
+            else:
+                advantages[name] = error / interpolate(ours, row[kind])
+        least = min(advantages.values())
+        figures[f"at_{kind}"] = {"least": least, "advantages": advantages, "beyond": beyond}
+    return figures
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -292,6 +314,7 @@ def main() -> None:
         "students": students,
         "seeds": SEEDS,
         "goals": {name: goals(rows, name) for name in students},
+        "near_student_on_a_quarter": on_a_quarter(teacher, draws),
         "buckets": BUCKETS,
         "mass_in_buckets": (draws.mass_B / draws.mass_B.sum()).tolist(),
         "schemes": rows,
@@ -300,7 +323,8 @@ def main() -> None:
     RESULT.write_text(json.dumps(report, indent=1) + "\n")
     show(rows)
     for name, figures in report["goals"].items():
-        print(name, {key: value for key, value in figures.items() if key != "advantages"})
+        least = {key: figures[key]["least"] for key in ("at_bytes", "at_coded_bytes")}
+        print(name, figures["bytes_at_iid50"], figures["error_at_36_over_iid50"], least)
     plot(rows, students)
 
 

@@ -9,6 +9,7 @@ The sums take minutes; they are kept in runs/ under a name that hashes what they
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -149,10 +150,12 @@ def _ghost(
 
 
 def angle_and_error(grad: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
-    """Degrees between two gradients, and |grad - exact| / |exact|."""
-    norm, exact_norm = grad.norm().double(), exact.norm().double()
-    cosine = (grad * exact).sum(dtype=torch.float64) / (norm * exact_norm)
-    return float(cosine.clamp(-1, 1).acos().rad2deg()), float((grad - exact).norm() / exact_norm)
+    """Degrees between two gradients, and |grad - exact| / |exact|.
+
+    The angle is that of an isosceles triangle of unit vectors: an arc cosine would lose angles below 2 degrees.
+    """
+    chord = float((grad / grad.norm() - exact / exact.norm()).norm())
+    return math.degrees(2 * math.asin(chord / 2)), float((grad - exact).norm() / exact.norm())
 
 
 @torch.inference_mode()
