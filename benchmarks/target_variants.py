@@ -157,7 +157,8 @@ class Products:
         self.hidden_PD, self.head_VD = student.weights(teacher)
 
     def judge(self, entries: Entries) -> dict[str, float]:
-        return judge(entries, self.exact, self.hidden_PD, self.head_VD)
+        figures = judge(entries, self.exact, self.hidden_PD, self.head_VD)
+        return {name: value for name, value in figures.items() if name != "angle"}
 
     def logits_E(self, entries: Entries) -> torch.Tensor:
         pairs = zip(entries.rows_E.split(1 << 15), entries.columns_E.split(1 << 15), strict=True)
