@@ -14,7 +14,7 @@ import numpy as np
 
 from common.tokenizer import VOCAB_SIZE
 from datastore.prompt import ScoreRequest
-from datastore.target import content_key
+from datastore.target import content_key, position_uniforms
 from datastore.teacher import TeacherConfig
 
 # SYNTH (docs/format.md): 856 tokens a document on average, 20 % above 1024: a log-normal with mean 856 and
@@ -93,7 +93,9 @@ def vocabulary_parts(teacher: TeacherConfig, hidden: int) -> dict[str, float]:
 
     return {
         "lm_head_us": best(product),
-        "lm_head_and_reduction_us": best(lambda: _reduced(teacher, hidden_ND, head_VD, ids_N)),
+        "lm_head_and_reduction_us": best(
+            lambda: _reduced(teacher, hidden_ND, head_VD, ids_N, np.full(rows, 0.5))
+        ),
     }
 
 
@@ -108,13 +110,18 @@ def _random_operands(teacher: TeacherConfig, rows: int, hidden: int) -> tuple[An
     return hidden_ND, head_VD.to(dtype)
 
 
-def _reduced(teacher: TeacherConfig, hidden_ND: Any, head_VD: Any, ids_N: np.ndarray) -> Any:
+def _reduced(
+    teacher: TeacherConfig,
+    hidden_ND: Any,
+    head_VD: Any,
+    ids_N: np.ndarray,
+    uniforms_N: np.ndarray,
+) -> Any:
     """Packed rows int32 [N, C] on the device."""
     import torch
 
     from datastore.reduce import VocabShard, reduce_hidden
 
-    uniforms_N = np.random.default_rng(0).random(len(ids_N))
     return reduce_hidden(
         *(hidden_ND, head_VD, torch.from_numpy(ids_N).to(hidden_ND.device)),
         torch.from_numpy(uniforms_N).to(hidden_ND.device),
@@ -133,7 +140,8 @@ def spread_rows(teacher: TeacherConfig, hidden: int, sample: Sample) -> list[np.
     packed = []
     for request in requests:
         ids_N = request.prompt_T[request.positions_P + 1].astype(np.int64)
-        rows = _reduced(teacher, hidden_ND[: len(ids_N)], head_VD, ids_N)
+        uniforms_N = position_uniforms(request.content_key, request.positions_P)
+        rows = _reduced(teacher, hidden_ND[: len(ids_N)], head_VD, ids_N, uniforms_N)
         packed.append(rows.cpu().numpy())
     return packed
 
