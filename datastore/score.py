@@ -40,9 +40,9 @@ from datastore.score_job import ScoreRun, ShardJob, ShardRecord, require_few_qua
 from datastore.score_manifest import target_manifest
 from datastore.score_pieces import forgive
 from datastore.score_worker import VERSIONED, StartEngine, start_engine
-from datastore.selection import Selection
+from datastore.selection import Selection, require_match
 from datastore.teacher import TeacherConfig, local_model, weights_identity
-from datastore.types import SPLITS
+from datastore.types import SPLITS, PackedRow
 
 _LOG = logging.getLogger(__name__)
 _EVERYTHING = Selection()
@@ -70,6 +70,7 @@ def score_dataset(
     """
     opened = Dataset.open(dataset.resolve())
     require_fitting(opened.manifest, teacher, document_prefix(opened.manifest, teacher))
+    require_match(selection, _rows(opened))
     weights = weights_identity(teacher, local_model(teacher))
     shaping = {
         "dataset": opened.manifest.fingerprint,
@@ -95,6 +96,10 @@ def score_dataset(
         manifest = manifest.model_copy(update={"teacher": teacher.resolved()})
         commit_manifest(run.folder, manifest)
     return manifest
+
+
+def _rows(dataset: Dataset) -> Iterator[PackedRow]:
+    return (dataset.row(split, i) for split in SPLITS for i in range(dataset.num_rows(split)))
 
 
 def _with_absolute_paths(teacher: TeacherConfig) -> TeacherConfig:

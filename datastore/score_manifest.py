@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from common.errors import ConfigError
 from datastore import alignment
 from datastore.budget import BudgetSums
 from datastore.codec import CODEC_VERSION
@@ -29,14 +28,8 @@ def target_manifest(
 ) -> TargetManifest:
     """The manifest of finished shards, in order, once the gate has read some of them back.
 
-    Raises ConfigError when nothing was selected, AlignmentError from the gate.
+    Raises AlignmentError from the gate.
     """
-    if not any(record.documents or record.quarantine for _, record in records):
-        raise ConfigError(
-            "the selection matches no document of the dataset",
-            got=run.selection.model_dump_json(exclude_defaults=True),
-            remedy="give another --fraction, --language, --exercise, --min-tokens or --max-tokens, and another name",
-        )
     engine = json.loads((run.work / "engine.json").read_bytes())
     prefix = document_prefix(dataset.manifest, run.teacher)
     sums = functools.reduce(BudgetSums.merged, (r.sums for _, r in records), BudgetSums())

@@ -8,7 +8,7 @@ every row of a smaller one.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -74,19 +74,27 @@ def row_hash_of_ids(doc_ids: tuple[bytes, ...]) -> int:
     return int.from_bytes(hashlib.blake2b(b"".join(doc_ids), digest_size=8).digest(), "big")
 
 
-def require_known(selection: Selection, known: Mapping[str, Mapping[str, int]]) -> None:
-    """ConfigError when a filter names a label that no document of the dataset has.
+def require_match(selection: Selection, rows: Iterable[PackedRow]) -> None:
+    """ConfigError unless some document is selected and every label that a filter names occurs.
 
-    known: documents by label, {"languages": {"en": 7, ...}, "exercises": {...}}.
+    Reads no more rows than it takes to be sure; without filters that is the first one.
     """
-    for kind in ("languages", "exercises"):
-        strange = [label for label in getattr(selection, kind) if not known[kind].get(label)]
-        if strange:
-            raise ConfigError(
-                f"no document has one of the {kind} to score",
-                got=", ".join(map(repr, strange)),
-                expected=f"some of {', '.join(map(repr, sorted(known[kind])))}",
-            )
+    languages, exercises = set(selection.languages), set(selection.exercises)
+    is_matched = False
+    for row in rows:
+        languages.difference_update(row.languages)
+        exercises.difference_update(row.exercises)
+        is_matched = is_matched or bool(selection.documents(row).any())
+        if is_matched and not languages and not exercises:
+            return
+    absent = [*sorted(languages), *sorted(exercises)]
+    raise ConfigError(
+        "the selection matches no document of the dataset"
+        if not is_matched
+        else "a filter names what no document of the dataset has",
+        got=", ".join(map(repr, absent)) or selection.resolved(),
+        remedy="`vpmoe-data inspect` shows the language and exercise of documents; correct the filters",
+    )
 
 
 def _among(labels: tuple[str, ...], kept: tuple[str, ...]) -> np.ndarray:

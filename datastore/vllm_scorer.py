@@ -20,7 +20,7 @@ from datastore.teacher import TeacherConfig
 from datastore.types import SparseTarget
 
 GATE = "VPMOE_SCORER"
-_AGAIN = "repair the cause, then run the same command again: finished shards are kept"
+_AGAIN = "repair the cause, then run the same command again"
 
 
 class VllmScorer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from common.config import parse_config
 from common.errors import ConfigError
-from datastore.selection import Selection, require_known, row_hash_of_ids
+from datastore.selection import Selection, require_match, row_hash_of_ids
 from datastore.types import PackedRow
 
 
@@ -117,12 +118,19 @@ def test_what_selects_nothing_or_nonsense_is_refused(values: dict) -> None:
 
 
 def test_a_label_that_no_document_has_is_named() -> None:
-    known = {"languages": {"en": 7, "fr": 1}, "exercises": {"rag": 8, "none": 0}}
-    require_known(Selection(languages=["fr"], exercises=["rag"]), known)
-    with pytest.raises(ConfigError, match=r"languages .*'de'.*'en', 'fr'"):
-        require_known(Selection(languages=["en", "de"]), known)
-    with pytest.raises(ConfigError, match="exercises"):
-        require_known(Selection(exercises=["none"]), known)
+    rows = [row(languages=("en", "fr"), exercises=("rag", "math"))]
+    require_match(Selection(languages=["fr"], exercises=["math"]), rows)
+    with pytest.raises(ConfigError, match=r"names what no document .*'xx'"):
+        require_match(Selection(languages=["fr", "xx"]), rows)
+    with pytest.raises(ConfigError, match=r"matches no document.*'xx'"):
+        require_match(Selection(exercises=["xx"]), rows)
+    with pytest.raises(ConfigError, match=r"matches no document.*min_tokens"):
+        require_match(Selection(min_tokens=1 << 20), rows)
+
+
+def test_a_match_reads_no_more_rows_than_needed() -> None:
+    rows = itertools.chain([row()], (pytest.fail("another row was read") for _ in "x"))
+    require_match(Selection(), rows)
 
 
 def test_labels_of_another_row_do_not_pass_for_absent_ones() -> None:
