@@ -153,6 +153,15 @@ def write_dataset(
     return manifest
 
 
+def three_a_row(folder: Path, seq_len: int) -> Path:
+    """A dataset of 24 documents, three a row, in two train shards of three rows and a valid one of two."""
+    documents = [document(i) for i in range(24)]
+    rows = [pack(documents[i : i + 3], seq_len) for i in range(0, 24, 3)]
+    shards = {"train": [rows[:3], rows[3:6]], "valid": [rows[6:]]}
+    write_dataset(folder, shards, seq_len=seq_len)
+    return folder
+
+
 def document_target(tokens_T: np.ndarray, spans_T: np.ndarray) -> DocTarget:
     """Targets of a made-up teacher that gives each realised token about half the mass."""
     return _document_target(tokens_T.tobytes(), spans_T.tobytes())
@@ -296,6 +305,6 @@ def flip_bit(path: Path, bit: int) -> None:
 @pytest.fixture(scope="session")
 def handmade() -> SimpleNamespace:
     """The makers above, for tests that need rows of their own."""
-    makers: list[Callable] = [random_row, document, pack, count, write_dataset]
+    makers: list[Callable] = [random_row, document, pack, count, write_dataset, three_a_row]
     makers += [document_target, varied_target, row_documents, write_targets, flip_bit]
     return SimpleNamespace(**{make.__name__: make for make in makers}, dataset_id=DATASET_ID)

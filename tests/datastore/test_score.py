@@ -36,13 +36,7 @@ SHARDS = ["train/shard-00000.arrow", "train/shard-00001.arrow", "valid/shard-000
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory, handmade) -> Path:
-    """24 documents, three a row, in two train shards and a valid one."""
-    folder = tmp_path_factory.mktemp("scored") / "dataset"
-    documents = [handmade.document(i) for i in range(24)]
-    rows = [handmade.pack(documents[i : i + 3], SEQ_LEN) for i in range(0, 24, 3)]
-    shards = {"train": [rows[:3], rows[3:6]], "valid": [rows[6:]]}
-    handmade.write_dataset(folder, shards, seq_len=SEQ_LEN)
-    return folder
+    return handmade.three_a_row(tmp_path_factory.mktemp("scored") / "dataset", SEQ_LEN)
 
 
 @pytest.fixture(scope="module")

@@ -42,13 +42,8 @@ def _root_on_the_path() -> None:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory, handmade) -> Path:
-    """24 documents, three a row; a shard of three rows is a piece of two rows and a piece of one."""
-    folder = tmp_path_factory.mktemp("fleet") / "dataset"
-    documents = [handmade.document(i) for i in range(24)]
-    rows = [handmade.pack(documents[i : i + 3], SEQ_LEN) for i in range(0, 24, 3)]
-    shards = {"train": [rows[:3], rows[3:6]], "valid": [rows[6:]]}
-    handmade.write_dataset(folder, shards, seq_len=SEQ_LEN)
-    return folder
+    """A shard of three rows is a piece of two rows and a piece of one."""
+    return handmade.three_a_row(tmp_path_factory.mktemp("fleet") / "dataset", SEQ_LEN)
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from datastore.scoring_protocol import (
     encode_request,
 )
 from tests.datastore.line_engine import FATAL
+from tests.datastore.waiting import wait_until
 
 TOKEN = "a long secret"
 
@@ -34,15 +35,6 @@ def document(length: int, first: int = 1000) -> ScoreDocument:
     tokens_T = np.arange(first, first + length, dtype=np.int32)
     spans_T = (np.arange(length) >= length // 2).astype(np.uint8)
     return ScoreDocument(tokens_T=tokens_T, spans_T=spans_T)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    waiting = threading.Event()
-    for _ in range(3000):
-        if condition():
-            return
-        waiting.wait(0.01)
-    raise AssertionError("it never came true")
 
 
 class Process:

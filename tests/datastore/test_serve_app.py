@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import httpx
@@ -27,6 +27,7 @@ from datastore.serve_engine import ScoringQueue
 from datastore.teacher import TeacherConfig
 from datastore.types import SparseTarget
 from tests.datastore.line_engine import IDENTITY, POISON, LineEngine, teacher
+from tests.datastore.waiting import wait_until
 
 TOKEN = "a long secret"
 SMALL = ("engine.max_model_len=200",)
@@ -67,15 +68,6 @@ def serving(
             server.should_exit = True
             thread.join(30)
             queue.stop(30)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    waiting = threading.Event()
-    for _ in range(3000):
-        if condition():
-            return
-        waiting.wait(0.01)
-    raise AssertionError("it never came true")
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from common.errors import EngineError
 from datastore.prompt import ScoreRequest
 from datastore.serve_engine import Overloaded, ScoringQueue, Unavailable
 from tests.datastore.line_engine import FATAL, IDENTITY, POISON, LineEngine, packed_rows
+from tests.datastore.waiting import wait_until
 
 _KEYS = itertools.count()
 
@@ -44,15 +45,6 @@ def started() -> Iterator[Callable[..., tuple[ScoringQueue, LineEngine]]]:
     for queue, engine in queues:
         engine.open.set()
         assert queue.stop(30)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    waiting = threading.Event()
-    for _ in range(3000):
-        if condition():
-            return
-        waiting.wait(0.01)
-    raise AssertionError("it never came true")
 
 
 def test_every_document_comes_back_to_its_place(started) -> None:

@@ -1,0 +1,16 @@
+"""Waiting for what another thread or process does."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Return as soon as `condition` holds; AssertionError after half a minute."""
+    waiting = threading.Event()
+    for _ in range(3000):
+        if condition():
+            return
+        waiting.wait(0.01)
+    raise AssertionError("it never came true")
