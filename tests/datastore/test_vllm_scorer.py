@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from common.config import load_config, named_config
+from datastore import vllm_scorer
 from datastore.harmony import RenderConfig, Renderer
 from datastore.prompt import Prefix, ScoreRequest
 from datastore.target import content_key, position_uniforms, reduce_logprobs, require_valid
@@ -137,6 +138,16 @@ def test_other_batches_give_the_same_targets(scorer, documents, targets) -> None
         )
 
 
+def test_a_repeated_document_is_scored_whole(scorer, documents, targets) -> None:
+    """All of the second is in the prefix cache, its scored positions too; so it is computed again."""
+    request = WHOLE.request(documents[0].tokens_T, documents[0].spans_T)
+    for target in scorer.score([request, request]):
+        assert heads(target) == heads(targets[0])
+        np.testing.assert_allclose(
+            target.realised_logprob_P, targets[0].realised_logprob_P, atol=1e-5
+        )
+
+
 def test_any_positions_of_a_document(scorer, documents, reference) -> None:
     tokens_T = documents[0].tokens_T
     for positions in ([5], [0, 1, 90, 91, 97, len(tokens_T) - 2], []):
@@ -183,3 +194,28 @@ def test_two_ranks_equal_transformers(model, documents, reference) -> None:
     with VllmScorer(teacher_config(model, "engine.tensor_parallel_size=2"), model) as parallel:
         for request, target in zip(requests, parallel.score(requests), strict=True):
             assert_equals(target, request, reference(request.prompt_T))
+
+
+def test_preempted_documents_are_scored_whole(model, documents, targets, monkeypatch) -> None:
+    """Memory for some 480 tokens and steps of 32 of a document: some are stopped half way and begun again.
+
+    The last test here, as the end of a second engine in one process takes down the groups of the first.
+    """
+    arguments = vllm_scorer._engine_arguments
+    tight = {"num_gpu_blocks_override": 30, "block_size": 16, "long_prefill_token_threshold": 32}
+    monkeypatch.setattr(vllm_scorer, "_engine_arguments", lambda *given: arguments(*given) | tight)
+    config = teacher_config(model, "engine.max_num_batched_tokens=128", "engine.max_model_len=400")
+    preempted = []
+    with VllmScorer(config, model) as engine:
+        scheduler = engine._llm.llm_engine.engine_core.engine_core.scheduler
+        preempt = scheduler._preempt_request
+        monkeypatch.setattr(
+            scheduler, "_preempt_request", lambda *a, **k: (preempted.append(1), preempt(*a, **k))
+        )
+        found = engine.score([WHOLE.request(d.tokens_T, d.spans_T) for d in documents])
+    assert preempted
+    for target, expected in zip(found, targets, strict=True):
+        assert heads(target) == heads(expected)
+        np.testing.assert_allclose(
+            target.realised_logprob_P, expected.realised_logprob_P, atol=1e-5
+        )
