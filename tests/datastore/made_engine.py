@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -17,8 +18,8 @@ from datastore.score_worker import StartEngine
 from datastore.types import SparseTarget
 from tests.datastore.conftest import document_target
 
-# impossible: targets whose masses do not add up, which only the encoder sees.
-Harm = Literal["exit", "exit once", "raise", "nan", "impossible"]
+# impossible: targets whose masses do not add up, which only the encoder sees. encoders once: kills its encoders.
+Harm = Literal["exit", "exit once", "raise", "nan", "impossible", "encoders once"]
 
 
 class MadeEngine:
@@ -41,9 +42,16 @@ class MadeEngine:
         return packed
 
     def _suffer(self, harm: Harm | None, rows_PC: np.ndarray) -> None:
-        if harm == "exit" or (harm == "exit once" and not self._log.with_suffix(".once").exists()):
+        if harm in ("exit once", "encoders once"):
+            if self._log.with_suffix(".once").exists():
+                return
             self._log.with_suffix(".once").touch()
+        if harm in ("exit", "exit once"):
             os._exit(9)
+        if harm == "encoders once":
+            for child in multiprocessing.active_children():
+                child.kill()
+                child.join()
         if harm == "raise":
             raise MemoryError("CUDA out of memory")
         if harm == "nan":
