@@ -79,7 +79,7 @@ def figures(folder: Path, seconds: dict[str, float]) -> dict[str, Any]:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--source", required=True, help="Glob of parquet files in the SYNTH schema.")
-@click.option("--teacher-steps", default=60, show_default=True)
+@click.option("--teacher-steps", default=200, show_default=True)
 @click.option("--steps", default=20, show_default=True)
 def main(source: str, teacher_steps: int, steps: int) -> None:
     """Run every stage and write the result."""
