@@ -159,3 +159,15 @@ def _nearest(name: str, known: list[str]) -> str:
     if close:
         return f"did you mean '{close[0]}'?"
     return f"valid keys: {', '.join(known)}" if known else "no keys are valid here"
+
+
+def flat_values(values: Any, key: str = "") -> dict[str, Any]:
+    """The leaves of nested mappings and lists by their dotted keys: {"render.reasoning": "high", "sources.0.1": 7}."""
+    if not isinstance(values, dict | list):
+        return {key: values}
+    children = values.items() if isinstance(values, dict) else enumerate(values)
+    return {
+        name: leaf
+        for child, inner in children
+        for name, leaf in flat_values(inner, f"{key}.{child}" if key else str(child)).items()
+    }

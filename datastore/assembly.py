@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from common import tokenizer
+from common.config import flat_values
 from common.errors import ResumeError, SourceError, VpmoeError
 from common.files import (
     canonical_json,
@@ -254,7 +255,10 @@ def _clear_work_folder(out: Path) -> None:
 
 
 def _other_dataset(out: Path, before: dict[str, Any], now: dict[str, Any]) -> ResumeError:
-    old, new = _flat(before), _flat(now)
+    old, new = (
+        {key: json.dumps(value, ensure_ascii=False) for key, value in flat_values(values).items()}
+        for values in (before, now)
+    )
     differences = [
         f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
         for key in sorted(old.keys() | new.keys())
@@ -267,14 +271,3 @@ def _other_dataset(out: Path, before: dict[str, Any], now: dict[str, Any]) -> Re
         f"{out} belongs to another dataset ({shown})",
         remedy="undo the change, choose another folder (out=... or --out), or delete this one",
     )
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, str]:
-    """Nested mappings and lists as {"render.reasoning": "high", "sources.0.1": "..."}."""
-    if isinstance(values, dict | list):
-        items = values.items() if isinstance(values, dict) else enumerate(values)
-        flat: dict[str, str] = {}
-        for key, value in items:
-            flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-        return flat
-    return {prefix: json.dumps(values, ensure_ascii=False)}

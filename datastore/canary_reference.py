@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from datastore.canary import (
 from datastore.prompt import ScoreRequest, document_prefix
 from datastore.reader import Dataset
 from datastore.teacher import TeacherConfig, local_model, weights_identity
-from datastore.types import SPLITS
 
 # Positions whose logits exist at a time: 64 x 201,088 x 4 bytes, a few times over.
 CHUNK = 64
@@ -29,11 +29,9 @@ def write_reference(dataset: Path, teacher: TeacherConfig, documents: int) -> Pa
     """Make the reference from `documents` documents of a dataset, one a row, as the teacher is shown them."""
     opened = Dataset.open(dataset)
     prefix = document_prefix(opened.manifest, teacher)
-    rows = ((split, i) for split in SPLITS for i in range(opened.num_rows(split)))
     requests = [
         prefix.request(row.tokens_T[where], row.spans_T[where])
-        for _, place in zip(range(documents), rows, strict=False)
-        for row in [opened.row(*place)]
+        for row in itertools.islice(opened.rows(), documents)
         for where in row.documents()[:1]
     ]
     if len(requests) < documents:

@@ -14,7 +14,7 @@ import numpy as np
 from common.errors import FormatError
 from common.files import sha256_bytes, write_bytes
 from common.tokenizer import VOCAB_SIZE
-from datastore.types import SPAN_IGNORED, SPLITS
+from datastore.types import SPAN_IGNORED
 
 if TYPE_CHECKING:
     from datastore.reader import Dataset
@@ -88,12 +88,10 @@ def count_order(dataset: Dataset) -> IdOrder:
     """Ids by falling count among the dataset's first targets (2^24; train, then valid), equal counts by id."""
     counts_V = np.zeros(VOCAB_SIZE, np.int64)
     counted = 0
-    for split in SPLITS:
-        for index in range(dataset.num_rows(split)):
-            if counted >= COUNTED_TARGETS:
-                break
-            row = dataset.row(split, index)
-            targets = row.tokens_T[row.spans_T != SPAN_IGNORED]
-            counts_V += np.bincount(targets, minlength=VOCAB_SIZE)
-            counted += len(targets)
+    for row in dataset.rows():
+        targets = row.tokens_T[row.spans_T != SPAN_IGNORED]
+        counts_V += np.bincount(targets, minlength=VOCAB_SIZE)
+        counted += len(targets)
+        if counted >= COUNTED_TARGETS:
+            break
     return IdOrder.of(np.argsort(-counts_V, kind="stable"))

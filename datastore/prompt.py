@@ -40,6 +40,22 @@ class Prefix:
     system_text: str | None
     reasoning: str | None
 
+    @classmethod
+    def swapped(cls, stored: RenderConfig, shown: RenderConfig) -> Prefix:
+        """The constant opening that `stored` wrote, in whose place the teacher is shown that of `shown`."""
+        return cls(
+            Renderer(stored).prefix_T,
+            Renderer(shown).prefix_T,
+            shown.system_text(),
+            shown.reasoning,
+        )
+
+    @classmethod
+    def none(cls, reasoning: str | None = None) -> Prefix:
+        """Nothing is swapped: the teacher reads the document's own tokens."""
+        empty_T = np.empty(0, np.int32)
+        return cls(empty_T, empty_T, None, reasoning)
+
     @property
     def shift(self) -> int:
         return len(self.stored_T) - len(self.shown_T)
@@ -63,14 +79,9 @@ class Prefix:
 def document_prefix(manifest: DatasetManifest, teacher: TeacherConfig) -> Prefix:
     """What opens each document, and what the teacher is shown in its place."""
     if teacher.system is None:
-        empty_T = np.empty(0, np.int32)
-        reasoning = manifest.config.get("render", {}).get("reasoning")
-        return Prefix(empty_T, empty_T, None, reasoning)
+        return Prefix.none(manifest.config.get("render", {}).get("reasoning"))
     stored = parse_config(RenderConfig, manifest.config["render"], "the dataset's render config")
-    shown = teacher.system.applied_to(stored)
-    return Prefix(
-        Renderer(stored).prefix_T, Renderer(shown).prefix_T, shown.system_text(), shown.reasoning
-    )
+    return Prefix.swapped(stored, teacher.system.applied_to(stored))
 
 
 def require_fitting(manifest: DatasetManifest, teacher: TeacherConfig, prefix: Prefix) -> None:

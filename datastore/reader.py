@@ -26,7 +26,7 @@ from datastore.manifest import (
 )
 from datastore.row_set import RowSet
 from datastore.shard import FileEntry, TargetShard, TokenShard
-from datastore.types import DocTarget, PackedRow, Split
+from datastore.types import SPLITS, DocTarget, PackedRow, Split
 
 # Open shards kept for each store: maps and views only (no file descriptors), about 0.1 MB of Python objects a shard.
 OPEN_SHARDS = 64
@@ -67,10 +67,18 @@ class Dataset:
         shard, row = self.locate(split, index)
         return self._shard(split, shard).row(row)
 
-    def shard_rows(self, split: Split, shard: int) -> Iterator[PackedRow]:
-        """The rows of one shard in order, as `row` gives them. Raises FormatError."""
+    def shard_rows(
+        self, split: Split, shard: int, first: int = 0, end: int | None = None
+    ) -> Iterator[PackedRow]:
+        """Rows first..end-1 of one shard (None: to its last), as `row` gives them. Raises FormatError."""
         opened = self._shard(split, shard)
-        return (opened.row(index) for index in range(opened.num_rows))
+        return (
+            opened.row(index) for index in range(first, opened.num_rows if end is None else end)
+        )
+
+    def rows(self) -> Iterator[PackedRow]:
+        """Every row in order, train before valid. Raises FormatError."""
+        return (self.row(split, i) for split in SPLITS for i in range(self.num_rows(split)))
 
     def __reduce__(self) -> tuple[object, ...]:
         return _reopen_dataset, (self.path, self.manifest.fingerprint)

@@ -38,7 +38,7 @@ from datastore.manifest import (
     target_folder,
 )
 from datastore.reader import Dataset, TargetStore
-from datastore.score_manifest import gated
+from datastore.score_manifest import gated, shard_facts
 from datastore.shard import FileEntry, write_target_shard
 from datastore.target import content_key
 from datastore.types import SPLITS, DocTarget, PackedRow, Split
@@ -317,26 +317,11 @@ def _manifest(
     by_split = {
         split: [shards[entry.name] for entry in dataset.manifest.entries(split)] for split in SPLITS
     }
-    found = [shard for split in SPLITS for shard in by_split[split]]
-    whole = functools.reduce(BudgetSums.merged, (shard.sums for shard in found), BudgetSums())
     return before.model_copy(
         update={
             "target_id": _target_id(identity),
             "dataset_fingerprint": identity["dataset"],
             "origin": identity["origin"],
-            "files": {split: tuple(s.entry for s in parts) for split, parts in by_split.items()},
-            "counts": {
-                split: {
-                    "documents": sum(shard.documents for shard in parts),
-                    "tokens": sum(shard.tokens for shard in parts),
-                }
-                for split, parts in by_split.items()
-            },
-            "budget": whole.budget().resolved(),
-            "shard_budgets": {
-                split: tuple(shard.sums.budget().resolved() for shard in parts)
-                for split, parts in by_split.items()
-            },
-            "quarantine": tuple(document for shard in found for document in shard.quarantine),
+            **shard_facts(by_split),
         }
     )

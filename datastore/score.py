@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from common import logs
-from common.config import parse_config
+from common.config import flat_values, parse_config
 from common.errors import EngineError, ResumeError
 from common.files import (
     canonical_json,
@@ -42,7 +42,7 @@ from datastore.score_pieces import forgive
 from datastore.score_worker import VERSIONED, StartEngine, start_engine
 from datastore.selection import Selection, require_match
 from datastore.teacher import TeacherConfig, local_model, weights_identity
-from datastore.types import SPLITS, PackedRow
+from datastore.types import SPLITS
 
 _LOG = logging.getLogger(__name__)
 _EVERYTHING = Selection()
@@ -70,7 +70,7 @@ def score_dataset(
     """
     opened = Dataset.open(dataset.resolve())
     require_fitting(opened.manifest, teacher, document_prefix(opened.manifest, teacher))
-    require_match(selection, _rows(opened))
+    require_match(selection, opened.rows())
     weights = weights_identity(teacher, local_model(teacher))
     shaping = {
         "dataset": opened.manifest.fingerprint,
@@ -98,10 +98,6 @@ def score_dataset(
     return manifest
 
 
-def _rows(dataset: Dataset) -> Iterator[PackedRow]:
-    return (dataset.row(split, i) for split in SPLITS for i in range(dataset.num_rows(split)))
-
-
 def _with_absolute_paths(teacher: TeacherConfig) -> TeacherConfig:
     """The same for a worker whose working directory is another."""
     paths = {"canary": teacher.canary and str(Path(teacher.canary).resolve())}
@@ -114,8 +110,8 @@ def _require_same_identity(path: Path, identity: dict[str, Any], name: str) -> N
     if not path.exists():
         write_json(path, identity)
         return
-    found = _flat(json.loads(path.read_bytes()))
-    wanted = _flat(identity)
+    found = flat_values(json.loads(path.read_bytes()))
+    wanted = flat_values(identity)
     changed = [
         f"{key}: {found.get(key)} -> {wanted.get(key)}"
         for key in sorted(found.keys() | wanted.keys())
@@ -127,20 +123,6 @@ def _require_same_identity(path: Path, identity: dict[str, Any], name: str) -> N
             + ", ".join(changed),
             remedy=f"restore those values, give another name (name={name}-2), or delete the folder",
         )
-
-
-def _flat(value: Any, key: str = "") -> dict[str, Any]:
-    if isinstance(value, dict):
-        children = value.items()
-    elif isinstance(value, list):
-        children = enumerate(value)
-    else:
-        return {key: value}
-    return {
-        name: leaf
-        for child, inner in children
-        for name, leaf in _flat(inner, f"{key}.{child}" if key else str(child)).items()
-    }
 
 
 @dataclass

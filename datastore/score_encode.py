@@ -1,6 +1,6 @@
 """What the engine returns to blobs, in processes of their own: the engine's process hands memory over and goes on.
 
-Measured by benchmarks/score.py; one process must take at least 3 times what an engine gives (docs/numerics.md).
+Measured by benchmarks/score.py: together they must take at least 3 times what an engine gives (docs/numerics.md).
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from datastore.score_job import (
     ShardRecord,
     require_lease,
     selected_documents,
-    shard_rows,
 )
 from datastore.score_pieces import (
     Piece,
@@ -157,10 +156,9 @@ def encode_piece(task: PieceJob) -> None:
     job, piece = task.job, task.piece
     content, gate = _Content(), _Gate()
     packed, numbers = iter(task.packed.read()), iter(range(piece.documents))
-    for index, row in enumerate(
-        shard_rows(_dataset(job), job, piece.first, piece.end), piece.first
-    ):
-        chosen = {document: next(packed) for document in selected_documents(job, row)}
+    rows = _dataset(job).shard_rows(job.split, job.shard, piece.first, piece.end)
+    for index, row in enumerate(rows, piece.first):
+        chosen = {document: next(packed) for document in selected_documents(job.run, row)}
         blob, documents, sums = encode_row(
             row,
             [chosen.get(document) for document in range(len(row.doc_ids))],

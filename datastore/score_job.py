@@ -21,7 +21,6 @@ from common.errors import EngineError
 from datastore.budget import BudgetSums
 from datastore.container import FileEntry
 from datastore.manifest import QuarantinedDocument
-from datastore.reader import Dataset
 from datastore.selection import Selection
 from datastore.teacher import TeacherConfig
 from datastore.types import PackedRow, Split
@@ -117,17 +116,9 @@ class ShardRecord(Config):
         }
 
 
-def shard_rows(dataset: Dataset, job: ShardJob, first: int, end: int | None) -> Iterator[PackedRow]:
-    """Rows first..end-1 of a job's token shard (None: to its last), hashes checked."""
-    entries = dataset.manifest.entries(job.split)
-    start = sum(entry.rows for entry in entries[: job.shard])
-    stop = entries[job.shard].rows if end is None else end
-    return (dataset.row(job.split, start + index) for index in range(first, stop))
-
-
-def selected_documents(job: ShardJob, row: PackedRow) -> list[int]:
+def selected_documents(run: ScoreRun, row: PackedRow) -> list[int]:
     """The numbers of the documents of a row that are to be scored."""
-    return np.flatnonzero(job.run.selection.documents(row)).tolist()
+    return np.flatnonzero(run.selection.documents(row)).tolist()
 
 
 def require_few_quarantined(quarantined: int, documents: int, where: str) -> None:

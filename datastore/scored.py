@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.errors import AlignmentError
+from datastore.codec import decode_blob
 from datastore.reader import TargetStore
 from datastore.types import DocTarget, PackedRow, Split
 
@@ -62,10 +63,9 @@ def scored_rows(job: ScoredJob) -> Iterator[ScoredRow]:
     for index in job.rows_N.tolist():
         row = store.dataset.row(job.split, index)
         blob = store.blob(job.split, index, row.row_hash)
-        documents = store.documents(job.split, index, row)
-        if blob is None or documents is None:
+        if blob is None:
             raise AssertionError("a job lists scored rows only")
-        yield ScoredRow(index, row, documents, len(blob))
+        yield ScoredRow(index, row, decode_blob(blob, row, store.order), len(blob))
 
 
 def _by_shard(store: TargetStore, split: Split, rows_N: np.ndarray) -> list[ScoredJob]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from common.errors import FormatError
-from datastore.harmony import RenderConfig, Renderer
+from datastore.harmony import RenderConfig
 from datastore.prompt import Prefix, ScoreRequest
 from datastore.scoring_protocol import Reasoning, ScoreBatch, ScoreDocument
 from datastore.teacher import SystemText, TeacherConfig
@@ -36,7 +36,7 @@ def _score_request(
             got="no render config in the request",
             expected="the render config that wrote the constant prefix of its documents",
         )
-    prefix = _NO_PREFIX if render is None else _prefix(render, system, document.reasoning)
+    prefix = Prefix.none() if render is None else _prefix(render, system, document.reasoning)
     unscored = prefix.request(document.tokens_T, np.zeros(len(document.tokens_T), np.uint8))
     request = replace(unscored, positions_P=document.positions())
     first_free = len(prefix.stored_T) - 1
@@ -54,9 +54,4 @@ def _prefix(stored: RenderConfig, system: SystemText | None, reasoning: Reasonin
     shown = stored if system is None else system.applied_to(stored)
     if reasoning is not None:
         shown = SystemText(reasoning=reasoning).applied_to(shown)
-    return Prefix(
-        Renderer(stored).prefix_T, Renderer(shown).prefix_T, shown.system_text(), shown.reasoning
-    )
-
-
-_NO_PREFIX = Prefix(np.empty(0, np.int32), np.empty(0, np.int32), None, None)
+    return Prefix.swapped(stored, shown)

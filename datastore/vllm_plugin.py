@@ -31,10 +31,8 @@ from vllm.v1.pool.metadata import PoolingMetadata
 
 from datastore.reduce import VocabShard, reduce_hidden
 from datastore.target import position_uniforms
-from datastore.vllm_scorer import GATE
+from datastore.vllm_scorer import GATE, SETTINGS, TASK
 
-TASK = "token_classify"
-SETTINGS = "vpmoe_scorer"
 # What vLLM's memory profiling sends instead of a request: every position is reduced, the largest case.
 _PROFILING = {"key": 0, "first": 0, "count": 1 << 31, "shift": 0}
 

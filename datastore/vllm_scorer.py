@@ -20,6 +20,9 @@ from datastore.teacher import TeacherConfig
 from datastore.types import SparseTarget
 
 GATE = "VPMOE_SCORER"
+TASK = "token_classify"
+# Of the plugin, and of its part of additional_config.
+SETTINGS = "vpmoe_scorer"
 _AGAIN = "repair the cause, then run the same command again"
 
 
@@ -86,7 +89,7 @@ class VllmScorer:
         params = [_pooling_params(request, read_cache=read_cache) for request in requests]
         with self._engine_errors():
             outputs = self._llm.encode(
-                prompts, pooling_params=params, pooling_task="token_classify", use_tqdm=False
+                prompts, pooling_params=params, pooling_task=TASK, use_tqdm=False
             )
         return [output.outputs.data.numpy() for output in outputs]
 
@@ -200,7 +203,7 @@ def _pooling_params(request: ScoreRequest, *, read_cache: bool) -> Any:
     from vllm import PoolingParams
 
     return PoolingParams(
-        task="token_classify",
+        task=TASK,
         extra_kwargs=_worker_arguments(request),
         skip_reading_prefix_cache=not read_cache,
     )
@@ -211,7 +214,7 @@ def _set_environment(teacher: TeacherConfig) -> None:
     os.environ.update(
         {
             GATE: "1",
-            "VLLM_PLUGINS": "vpmoe_scorer",
+            "VLLM_PLUGINS": SETTINGS,
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
@@ -248,7 +251,7 @@ def _engine_arguments(teacher: TeacherConfig, model: Path) -> dict[str, Any]:
         "enforce_eager": engine.enforce_eager,
         "load_format": engine.load_format,
         "additional_config": {
-            "vpmoe_scorer": {"threshold": teacher.threshold, "chunk": engine.vocab_chunk_tokens}
+            SETTINGS: {"threshold": teacher.threshold, "chunk": engine.vocab_chunk_tokens}
         },
     }
     optional = {
