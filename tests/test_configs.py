@@ -12,8 +12,9 @@ from common.errors import ConfigError
 from datastore.data_config import DataConfig
 from datastore.serve_app import ServeConfig
 from datastore.teacher import TeacherConfig
-from trainer.config import KDConfig, StudentConfig
+from trainer.config import KDConfig
 from trainer.parameters import parameter_counts
+from trainer.student_config import StudentConfig
 
 KINDS = (DataConfig, TeacherConfig, ServeConfig, StudentConfig, KDConfig)
 FOLDERS = {

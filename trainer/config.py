@@ -1,7 +1,7 @@
 """The config of a KD run: one YAML file, `configs/base.yaml` or `configs/demo.yaml`.
 
-`student: NAME` reads configs/student/NAME.yaml. Keys that hold a later part of the locked student (`student.tpa`
-and the like) exist and are refused until that part does. Needs no Megatron, so a config can be checked anywhere.
+`student: NAME` reads configs/student/NAME.yaml (trainer/student_config.py). Needs no Megatron, so a config can be
+checked anywhere.
 """
 
 from __future__ import annotations
@@ -13,95 +13,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from common.config import Config
 from datastore.budget import BudgetLimits
 from trainer.losses.spans import LossConfig
-
-_LATER = {
-    "tpa": "tensor-product attention",
-    "grape_m": "learnable rotary frequencies",
-    "value_residual": "the value residual",
-}
-
-
-class RouterConfig(Config):
-    """DeepSeek-V3 routing (arXiv 2412.19437, 2408.15664): sigmoid scores, expert groups, bias-balanced load.
-
-    groups: experts are split into this many; group_topk of them are kept for a token. scaling: factor on the gates,
-    which sum to 1 before it. bias_update_rate: step of the balancing bias per optimizer step. aux_loss: coefficient
-    of the sequence-wise balance loss.
-    """
-
-    groups: PositiveInt
-    group_topk: PositiveInt
-    scaling: PositiveFloat = 2.5
-    bias_update_rate: PositiveFloat = 1e-3
-    aux_loss: float = Field(1e-4, ge=0)
-
-
-class StudentConfig(Config):
-    """The student's shape; docs/architecture.md holds the locked one (configs/student/vpmoe.yaml).
-
-    layers: all of them, the first `dense_layers` without experts. Layer numbers divisible by global_every are global
-    (full document, ALiBi, no rotary); the others see `window` positions including their own and have rotary keys.
-    ffn, expert_width, shared_width: inner widths of the dense layer, of one routed expert, of the shared expert.
-    """
-
-    layers: PositiveInt
-    hidden: PositiveInt
-    heads: PositiveInt
-    kv_groups: PositiveInt
-    head_dim: PositiveInt
-    dense_layers: PositiveInt = 1
-    ffn: PositiveInt
-    experts: PositiveInt
-    experts_per_token: PositiveInt
-    expert_width: PositiveInt
-    shared_width: PositiveInt
-    router: RouterConfig
-    window: PositiveInt = 128
-    global_every: PositiveInt = 4
-    rotary_base: PositiveInt = 10_000
-    norm_eps: PositiveFloat = 1e-5
-    init_std: PositiveFloat = 0.02
-    vocab_size: PositiveInt = 201_088
-    tpa: None = None
-    grape_m: None = None
-    value_residual: None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_slots(cls, raw: object) -> object:
-        for key, what in _LATER.items():
-            if isinstance(raw, dict) and raw.get(key) is not None:
-                raise ValueError(
-                    f"student.{key} comes with {what}, which this version does not have; set it to null"
-                )
-        return raw
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        router = self.router
-        rules = [
-            (self.heads % self.kv_groups == 0, "heads must be a multiple of kv_groups"),
-            (self.head_dim % 2 == 0, "head_dim must be even (rotary pairs)"),
-            (self.layers % self.global_every == 0, "layers must be a multiple of global_every"),
-            (
-                self.dense_layers < self.layers,
-                "dense_layers must leave at least one layer with experts",
-            ),
-            (self.experts % router.groups == 0, "experts must be a multiple of router.groups"),
-            (
-                self.experts_per_token % router.group_topk == 0,
-                "experts_per_token must be a multiple of router.group_topk",
-            ),
-            (router.group_topk <= router.groups, "router.group_topk is at most router.groups"),
-            (
-                self.experts_per_token <= router.group_topk * (self.experts // router.groups),
-                "the kept groups hold fewer than experts_per_token experts",
-            ),
-        ]
-        for holds, rule in rules:
-            if not holds:
-                raise ValueError(f"student: {rule}")
-        return self
+from trainer.student_config import StudentConfig
 
 
 class ParallelConfig(Config):
@@ -169,9 +81,34 @@ class BatchConfig(Config):
     micro_batch_size: PositiveInt
 
 
+class NorMuonConfig(Config):
+    """NorMuon (arXiv 2510.05491) with Polar Express (arXiv 2505.16932) for every matrix but embedding and lm_head.
+
+    lr: peak of its own, on the schedule of optimizer.lr. momentum: of the gradient; beta2, eps: of the mean square of
+    every row.
+    """
+
+    lr: PositiveFloat
+    momentum: float = Field(0.95, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: PositiveFloat = 1e-10
+    weight_decay: float = Field(0.1, ge=0)
+
+
+class RateConfig(Config):
+    """Factors on optimizer.lr for parameters whose scale is not a weight's (docs/architecture.md says why).
+
+    value_residual: the scalars of lam_l. grape_m: the log frequencies.
+    """
+
+    value_residual: PositiveFloat = 100.0
+    grape_m: PositiveFloat = 1.0
+
+
 class OptimizerConfig(Config):
-    """AdamW (arXiv 1711.05101). No decay on biases, norms, sinks and other vectors. clip: of the global gradient
-    norm.
+    """AdamW (arXiv 1711.05101), for everything or, beside `normuon`, for embedding, lm_head, vectors and scalars.
+
+    No decay on biases, norms, sinks and other vectors. clip: of the global gradient norm. rates: factors on lr.
     """
 
     lr: PositiveFloat
@@ -179,7 +116,8 @@ class OptimizerConfig(Config):
     eps: PositiveFloat = 1e-8
     weight_decay: float = Field(0.1, ge=0)
     clip: PositiveFloat = 1.0
-    normuon: None = None
+    normuon: NorMuonConfig | None = None
+    rates: RateConfig = RateConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -200,10 +138,38 @@ class ScheduleConfig(Config):
 
 
 class CheckpointConfig(Config):
-    """every: steps between checkpoints (the last step is always kept). keep: how many stay on disk."""
+    """every: steps between checkpoints (the last step is always kept). keep: how many stay on disk.
+
+    asynchronous: steps go on while a checkpoint is written; it needs host memory for a second copy of the states.
+    """
 
     every: PositiveInt
     keep: PositiveInt = 2
+    asynchronous: bool = False
+
+
+class InitFromConfig(Config):
+    """Weights of another run's checkpoint as the start of this one; optimizer, stream and step begin anew.
+
+    run: its folder. step: of the checkpoint, null for the newest. new, drop: shell patterns of the names of parameters
+    that only this student, or only that checkpoint, has; any other difference is an error.
+    """
+
+    run: str
+    step: PositiveInt | None = None
+    new: tuple[str, ...] = ()
+    drop: tuple[str, ...] = ()
+
+
+class WatchConfig(Config):
+    """When a run stops by itself. data_sec: longest wait for the rows of a step. silent_sec: longest silence of a rank.
+
+    stuck_sec: longest time without a finished step, first step and its compilation included.
+    """
+
+    data_sec: PositiveFloat = 30.0
+    silent_sec: PositiveFloat = 30.0
+    stuck_sec: PositiveFloat = 1800.0
 
 
 class EvalConfig(Config):
@@ -246,7 +212,9 @@ class KDConfig(ModelRuntime):
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     parallel: ParallelConfig = ParallelConfig()
+    init_from: InitFromConfig | None = None
     checkpoint: CheckpointConfig
+    watch: WatchConfig = WatchConfig()
     eval: EvalConfig = EvalConfig()
     budget: BudgetLimits = BudgetLimits()
     log: LogConfig = LogConfig()
@@ -254,6 +222,11 @@ class KDConfig(ModelRuntime):
     @model_validator(mode="after")
     def _whole_run(self) -> Self:
         rules = [
+            (self.init_from is None, "init_from is not in this version; set it to null"),
+            (
+                not self.checkpoint.asynchronous,
+                "checkpoint.asynchronous is not in this version; set it to false",
+            ),
             (self.schedule.warmup < self.steps, "schedule.warmup must be below steps"),
             (self.schedule.min_lr <= self.optimizer.lr, "schedule.min_lr is above optimizer.lr"),
             (

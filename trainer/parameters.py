@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainer.config import StudentConfig
+from trainer.student_config import StudentConfig
 
 
 def parameter_counts(student: StudentConfig) -> dict[str, int]:

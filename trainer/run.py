@@ -36,7 +36,7 @@ PACKAGES = (
 )
 # Keys that may change when a run goes on: they shape no weight. `dataset` is held by its fingerprint instead of its
 # path.
-FREE_KEYS = ("run", "dataset", "log", "eval", "checkpoint", "batch.micro_batch_size")
+FREE_KEYS = ("run", "dataset", "log", "eval", "checkpoint", "watch", "batch.micro_batch_size")
 _LOCK_WAIT_SEC = 15.0
 _LOG = logging.getLogger(__name__)
 

@@ -7,9 +7,10 @@ import yaml
 
 from common.config import CONFIG_ROOT, load_config, parse_config
 from common.errors import ConfigError
-from trainer.config import KDConfig, ParallelConfig, StudentConfig
+from trainer.config import KDConfig, ParallelConfig
 from trainer.megatron.topology import check_layout
 from trainer.parameters import parameter_counts
+from trainer.student_config import StudentConfig
 
 DEMO, BASE = CONFIG_ROOT / "demo.yaml", CONFIG_ROOT / "base.yaml"
 

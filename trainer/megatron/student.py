@@ -24,10 +24,11 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from trainer.config import ModelRuntime, ParallelConfig, StudentConfig
+from trainer.config import ModelRuntime, ParallelConfig
 from trainer.megatron.attention import CoreAttention
 from trainer.megatron.experts import RMSNorm, RoutedExperts, SharedExpert, relu_squared
 from trainer.megatron.router import StudentRouter
+from trainer.student_config import StudentConfig
 
 _FULL_RECOMPUTE = {
     "recompute_granularity": "full",

@@ -21,8 +21,8 @@ from tests.trainer.megatron.tiny import (
 )
 from tests.trainer.packed import pack, random_document
 from trainer.batch import make_batch
-from trainer.config import StudentConfig
 from trainer.parameters import parameter_counts
+from trainer.student_config import StudentConfig
 
 
 def _in_student(_rank: int) -> dict:
