@@ -8,16 +8,11 @@ from pathlib import Path
 
 from common.files import write_json
 from datastore.stream import RowStream
+from trainer.checkpoints import Progress, read_progress, sweep
 from trainer.config import KDConfig
 from trainer.data import Loader, RunData
 from trainer.eval import evaluate
-from trainer.megatron.checkpoint import (
-    Progress,
-    load_checkpoint,
-    read_progress,
-    save_checkpoint,
-    sweep,
-)
+from trainer.megatron.checkpoint import load_checkpoint, save_checkpoint
 from trainer.megatron.step import Clock, StepReport, Trainer
 from trainer.megatron.topology import Topology, distributed
 from trainer.run import (

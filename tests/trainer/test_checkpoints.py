@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from common.errors import FormatError
-from trainer.megatron.checkpoint import latest_checkpoint, read_progress, sweep
+from trainer.checkpoints import latest_checkpoint, read_progress, sweep
 
 
 def _complete(folder: Path, step: int) -> Path:
     path = folder / f"step-{step:08d}"
     path.mkdir()
-    ours = {"version": 1, "layout": {}, "step": step, "stream": {}, "provenance": {}}
+    ours = {"version": 2, "layout": {}, "step": step, "stream": {}, "provenance": {}}
     (path / "vpmoe.json").write_text(json.dumps(ours))
     return path
 
