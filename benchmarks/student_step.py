@@ -1,0 +1,193 @@
+"""One training step of a student on this machine's devices: memory by part, time by phase, tokens/s, MFU, kernels.
+
+    python -m benchmarks.student_step configs/base.yaml parallel.expert=1 --steps 20
+    torchrun --nproc-per-node 2 -m benchmarks.student_step configs/base.yaml parallel.expert=2 --steps 20
+
+Builds the run as `vpmoe-train kd` does (same data, student, optimizer, step; no checkpoint) and takes real steps.
+MFU = tokens/s of a device x FLOPs a token (trainer/flops.py: forward and backward, lm_head counted, recomputation not)
+/ 989.4 TFLOP/s, the dense bf16 peak of an H100 or H200. Writes benchmarks/results/student_step-NAME.json on rank 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import statistics
+from pathlib import Path
+from typing import Any
+
+from common.config import load_config
+from common.files import write_json
+from common.provenance import git_sha, package_versions
+from trainer.config import KDConfig
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton")
+GIB = 2**30
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--warm-up", type=int, default=4, help="steps left out of the medians")
+    parser.add_argument("--name", default="", help="of the result file; not written without one")
+    parser.add_argument("--kernels", action="store_true", help="profile one more step")
+    arguments = parser.parse_intermixed_args()
+    config = load_config(KDConfig, arguments.config, tuple(arguments.overrides))
+    figures, rank = measure(config, arguments.steps, arguments.warm_up, kernels=arguments.kernels)
+    if rank:
+        return
+    report = {
+        "what": (__doc__ or "").splitlines()[0],
+        "command": " ".join(
+            ["benchmarks.student_step", str(arguments.config), *arguments.overrides]
+        ),
+        "date": datetime.date.today().isoformat(),
+        "versions": package_versions(PACKAGES),
+        "git_sha": git_sha(),
+    } | figures
+    for key, value in report.items():
+        print(f"{key}: {value}")
+    if arguments.name:
+        write_json(RESULTS / f"student_step-{arguments.name}.json", report)
+
+
+def measure(
+    config: KDConfig, steps: int, warm_up: int, *, kernels: bool
+) -> tuple[dict[str, Any], int]:
+    """The figures, and this process's rank."""
+    from trainer.kd import KDRun
+    from trainer.megatron.topology import distributed
+
+    with distributed(
+        config.device, config.parallel, config.seed, deterministic=config.deterministic
+    ) as topology:
+        run = KDRun(config, topology)
+        records = take_steps(run, steps)
+        figures = {
+            "device": _device_name(topology.device),
+            "layout": topology.layout(),
+            "config": {key: config.resolved()[key] for key in ("batch", "recompute", "precision")},
+            "seq_len": run.seq_len,
+            "loss": [record["loss/total"] for record in records],
+            "timing": timing(config, run.seq_len, records[warm_up:], topology.world_size),
+            "memory_gib": memory_by_part(run.trainer, topology.device),
+        }
+        if kernels:
+            figures["kernels_ms"] = kernel_times(run)
+        return figures, topology.rank
+
+
+def take_steps(run: Any, steps: int) -> list[dict[str, float]]:
+    """Real steps; the values of each."""
+    import time
+
+    from trainer.megatron.step import Clock
+    from trainer.schedule import learning_rate
+
+    loader = run._loader(run.data.stream(run.config))
+    records = []
+    for step in range(steps):
+        clock, began = Clock(run.topology.device), time.perf_counter()
+        clock.mark("data")
+        report = run.trainer.step(loader.next(), learning_rate(run.config, step), clock)
+        seconds = time.perf_counter() - began
+        phases = {f"seconds/{phase}": value for phase, value in report.seconds.items()}
+        records.append(report.values | phases | {"seconds/step": seconds})
+        if run.topology.rank == 0:
+            print(
+                f"step {step + 1}: loss {records[-1]['loss/total']:.4f}, {seconds:.3f} s",
+                flush=True,
+            )
+    loader.close()
+    return records
+
+
+def timing(
+    config: KDConfig, seq_len: int, records: list[dict[str, float]], devices: int
+) -> dict[str, Any]:
+    """Medians over the steps."""
+    from trainer.flops import PEAK_BF16_FLOPS, flops_per_token, mfu
+
+    median = {
+        key.removeprefix("seconds/"): statistics.median(record[key] for record in records)
+        for key in records[0]
+        if key.startswith("seconds/")
+    }
+    tokens = config.batch.global_batch_size * seq_len
+    tokens_per_sec = tokens / median["step"]
+    flops = flops_per_token(config.student, seq_len)
+    return {
+        "tokens_a_step": tokens,
+        "tokens_per_sec": tokens_per_sec,
+        "tokens_per_sec_a_device": tokens_per_sec / devices,
+        "seconds": median,
+        "share_of_step": {key: value / median["step"] for key, value in median.items()},
+        "flops_per_token": flops,
+        "mfu": mfu(tokens_per_sec / devices, flops, PEAK_BF16_FLOPS["H200"]),
+    }
+
+
+def memory_by_part(trainer: Any, device: Any) -> dict[str, float]:
+    """GiB on this rank. Activations and temporaries: the peak of a step beyond what stays."""
+    import torch
+
+    stays = {
+        "weights": _bytes(trainer.student.parameters()) + _bytes(trainer.student.buffers()),
+        "gradients": sum(
+            buffer.grad_data.nbytes
+            for buffer in trainer.model.buffers + trainer.model.expert_parallel_buffers
+        ),
+    } | _optimizer_bytes(trainer)
+    values = {key: value / GIB for key, value in stays.items()}
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / GIB
+        values |= {"activations_and_temporaries": peak - sum(values.values()), "peak": peak}
+    return values
+
+
+def _optimizer_bytes(trainer: Any) -> dict[str, int]:
+    """States by name, and the fp32 copies of weights in bf16."""
+    found: dict[str, int] = {"master_weights": 0}
+    for chained in trainer.optimizer.chained_optimizers:
+        for group in getattr(chained, "fp32_from_float16_groups", []):
+            found["master_weights"] += _bytes(group)
+        for state in chained.optimizer.state.values():
+            for name, value in state.items():
+                if hasattr(value, "nbytes"):
+                    key = f"optimizer {name}"
+                    found[key] = found.get(key, 0) + value.nbytes
+    return found
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def kernel_times(run: Any, *, most: int = 40) -> dict[str, Any]:
+    """Milliseconds of the longest kernels in one step, and of all of them together."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        take_steps(run, 1)
+    rows = [
+        (event.key[:110], event.self_device_time_total / 1e3, event.count)
+        for event in profile.key_averages()
+        if event.self_device_time_total
+    ]
+    rows.sort(key=lambda row: -row[1])
+    longest = {name: {"ms": round(ms, 2), "calls": calls} for name, ms, calls in rows[:most]}
+    return {"all_ms": sum(row[1] for row in rows), "calls": sum(row[2] for row in rows)} | longest
+
+
+def _device_name(device: Any) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+if __name__ == "__main__":
+    main()
