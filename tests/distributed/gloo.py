@@ -28,6 +28,9 @@ def run_gloo(
     one thread each, and RANK, WORLD_SIZE, LOCAL_RANK set. They meet through a file, so no port is taken. An
     exception or a death in any of them raises RuntimeError here, with its traceback, and ends the others.
     """
+    if function.__module__ == "__main__":
+        # The children would run the script again as __main__, and so would theirs.
+        raise ValueError(f"{function.__name__} is of a script: put it into a module")
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="vpmoe-gloo-") as folder:
         where = (function.__code__.co_filename, function.__module__, function.__qualname__)
