@@ -1,13 +1,14 @@
 """The student: Megatron-Core's GPTModel from our specs, returning hidden states (the loss owns the lm_head product).
 
 Every layer gets a fresh spec: models/gpt/gpt_layer_specs.py repeats one object, and an edit to one layer would
-reach all. `core_attention`, `linear_qkv` and `MoESubmodules.router` are plain callables there, the other slots go
-through build_module (transformer/attention.py:318,1267, transformer/moe/moe_layer.py:166).
+reach all. `core_attention` and `linear_qkv` are plain callables there, the other slots go through build_module
+(transformer/attention.py:318,1267).
 """
 
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -26,8 +26,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from trainer.config import ModelRuntime, ParallelConfig
 from trainer.megatron.attention import CoreAttention
-from trainer.megatron.experts import RMSNorm, RoutedExperts, SharedExpert, relu_squared
-from trainer.megatron.router import StudentRouter
+from trainer.megatron.experts import RMSNorm, relu_squared
+from trainer.megatron.moe import StudentMoE
 from trainer.student_config import StudentConfig
 
 _FULL_RECOMPUTE = {
@@ -106,7 +106,6 @@ def transformer_config(
         moe_ffn_hidden_size=student.expert_width,
         moe_shared_expert_intermediate_size=student.shared_width,
         **_router_settings(student),
-        moe_token_dispatcher_type="allgather" if runtime.device == "cpu" else "alltoall",
         tensor_model_parallel_size=parallel.tensor,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=1,
@@ -184,15 +183,12 @@ def _dense_spec(part: dict[str, Any]) -> ModuleSpec:
     )
 
 
-def _experts_spec(part: dict[str, Any], runtime: ModelRuntime) -> ModuleSpec:
-    shared = MLPSubmodules(linear_fc1=part["column"], linear_fc2=part["row"])
-    return ModuleSpec(
-        module=MoELayer,
-        submodules=MoESubmodules(
-            experts=ModuleSpec(module=RoutedExperts, params={"compute": runtime.expert_compute}),
-            shared_experts=ModuleSpec(module=SharedExpert, submodules=shared),
-            router=StudentRouter,
-        ),
+def _experts_spec(part: dict[str, Any], runtime: ModelRuntime) -> SimpleNamespace:
+    """Not a ModuleSpec: TransformerLayer warns in every layer of one whose class it does not know."""
+    return SimpleNamespace(
+        module=StudentMoE,
+        submodules=MLPSubmodules(linear_fc1=part["column"], linear_fc2=part["row"]),
+        params={"compute": runtime.expert_compute},
     )
 
 

@@ -117,7 +117,7 @@ def _padding_in_the_router(trainer) -> dict:
         counts = torch.bincount(scores.topk(2).indices.flatten(), minlength=8)
         share = (scores / scores.sum(-1, keepdim=True)).sum(0)
         by_hand += 1e-2 * float((counts * share).sum()) * 8 / (2 * length**2)
-    counted = chosen.view(SEQ_LEN, 2, 8)[~padding].sum(0)
+    counted = torch.bincount(chosen.view(SEQ_LEN, 2, 2)[~padding].flatten(), minlength=8)
     return {
         "aux": (aux, by_hand),
         "counts": (router.local_tokens_per_expert.tolist(), counted.tolist()),
