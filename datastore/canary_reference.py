@@ -53,7 +53,7 @@ def make_reference(
     EngineError when transformers cannot load or run the model.
     """
     try:
-        network = _load(teacher, model)
+        network = load_network(teacher, model)
         documents = tuple(_document(network, request) for request in requests)
     except Exception as error:
         raise EngineError(
@@ -74,7 +74,8 @@ def make_reference(
     )
 
 
-def _load(teacher: TeacherConfig, model: Path) -> Any:
+def load_network(teacher: TeacherConfig, model: Path) -> Any:
+    """The teacher in transformers, on the CPU, in its dtype. Raises EngineError when the checkpoint lacks a weight."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config
 
