@@ -35,7 +35,7 @@ from datastore.data_config import DataConfig
 from datastore.teacher import TeacherConfig
 
 RESULTS = Path(__file__).parent / "results"
-PICTURE = RESULTS / "kd_curve.png"
+PICTURE = PROJECT_ROOT / "docs" / "img" / "kd_curve.png"
 PART_BYTES = 15 << 20
 
 
