@@ -119,15 +119,6 @@ class OptimizerConfig(Config):
     normuon: NorMuonConfig | None = None
     rates: RateConfig = RateConfig()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_slots(cls, raw: object) -> object:
-        if isinstance(raw, dict) and raw.get("normuon") is not None:
-            raise ValueError(
-                "optimizer.normuon comes with a later version; set it to null for AdamW on every parameter"
-            )
-        return raw
-
 
 class ScheduleConfig(Config):
     """Linear warmup over `warmup` steps, then constant, or a cosine from lr to min_lr at the last step."""

@@ -48,7 +48,6 @@ def test_the_locked_student_has_its_parameters() -> None:
         ("student.tpa={q_rank: 4}", "student.tpa comes with tensor-product attention"),
         ("student.grape_m=true", "student.grape_m comes with"),
         ("student.value_residual=1.0", "set it to null"),
-        ("optimizer.normuon={momentum: 0.95}", "optimizer.normuon comes with"),
         ("student.hiden=32", "did you mean 'hidden'?"),
         ("optimiser.lr=1", "did you mean 'optimizer'?"),
         ("core_attention=flex", "set it to dense"),

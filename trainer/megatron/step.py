@@ -1,4 +1,4 @@
-"""One optimizer step on Megatron-Core: DDP, its forward-backward schedule, AdamW, clipping.
+"""One optimizer step on Megatron-Core: DDP, its forward-backward schedule, clipping, the update.
 
 Scaling. The loss of a micro-batch is a sum with coefficients 1 / N_s, N_s the span's positions in the whole global
 batch, so micro-batches and ranks simply add. Megatron divides instead: pipeline_parallel/schedules.py:253 by the
@@ -19,11 +19,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
-from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module
@@ -36,6 +32,7 @@ from trainer.losses.objective import batch_loss, evaluate_batch
 from trainer.losses.report import loss_metrics
 from trainer.losses.spans import span_counts
 from trainer.megatron.attention import PackedRows
+from trainer.megatron.optimizer import build_optimizer
 from trainer.megatron.router import StudentRouter
 from trainer.megatron.student import Student, build_student
 from trainer.megatron.topology import Topology
@@ -65,12 +62,7 @@ class Trainer:
         self.config, self.topology = config, topology
         self.student = build_student(config.student, config, config.parallel, seq_len)
         self.model = _with_ddp(self.student, config)
-        self.optimizer = get_megatron_optimizer(
-            _optimizer_config(config),
-            [self.model],
-            config_overrides=_no_decay(),
-            use_gloo_process_groups=False,
-        )
+        self.optimizer = build_optimizer(config, self.model)
         self.routers = [
             module for module in self.student.modules() if isinstance(module, StudentRouter)
         ]
@@ -182,14 +174,14 @@ class Trainer:
 
     def _update(self, learning_rate: float, grad_norm: float) -> None:
         """ChainedOptimizer.step (optimizer/optimizer.py:1300) from its clipping on: the norm was checked in between."""
-        config = self.config.optimizer
         for optimizer in self.optimizer.chained_optimizers:
             clip_grad_by_total_norm_fp32(
-                optimizer.get_parameters(), max_norm=config.clip, total_norm=grad_norm
+                optimizer.get_parameters(),
+                max_norm=self.config.optimizer.clip,
+                total_norm=grad_norm,
             )
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-            group["weight_decay"] = config.weight_decay * group["wd_mult"]
+            group["lr"] = learning_rate * group["lr_mult"]
         self.optimizer.step_with_ready_grads()
 
     def _router_values(self) -> dict[str, float]:
@@ -242,32 +234,6 @@ def _with_ddp(student: Student, config: KDConfig) -> DistributedDataParallel:
         grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=False
     )
     return DistributedDataParallel(student.config, ddp, module)
-
-
-def _optimizer_config(config: KDConfig) -> MegatronOptimizerConfig:
-    of = config.optimizer
-    return MegatronOptimizerConfig(
-        optimizer="adam",
-        lr=of.lr,
-        min_lr=config.schedule.min_lr,
-        weight_decay=of.weight_decay,
-        adam_beta1=of.betas[0],
-        adam_beta2=of.betas[1],
-        adam_eps=of.eps,
-        clip_grad=of.clip,
-        bf16=config.precision == "bf16",
-        params_dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
-    )
-
-
-def _no_decay() -> dict[ParamKey, ParamGroupOverride]:
-    """Vectors, and the experts' biases, which are batched to two axes."""
-
-    def without_decay(parameter: torch.nn.Parameter, name: str) -> bool:
-        return parameter.ndim == 1 or name.endswith("bias")
-
-    key = ParamKey(with_name_predicate=ParamWithNamePredicate(name="no_decay", fn=without_decay))
-    return {key: ParamGroupOverride(wd_mult=0.0)}
 
 
 def _vocab_shard(student: Student, topology: Topology) -> VocabShard:

@@ -47,7 +47,7 @@ def tiny_config(**changes: Any) -> KDConfig:
         "steps": 20,
         "batch": {"global_batch_size": 8, "micro_batch_size": 2},
         "loss": {"kd_weight": 0.6, "chunk_tokens": 16},
-        "optimizer": {"lr": 1e-2, "clip": 1e6},
+        "optimizer": {"lr": 1e-2, "clip": 1e6, "normuon": {"lr": 2e-2}},
         "schedule": {"kind": "constant"},
         "checkpoint": {"every": 10},
     }

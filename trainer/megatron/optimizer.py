@@ -1,0 +1,242 @@
+"""The student's optimizer: NorMuon for matrices, AdamW for the rest, as one Megatron ChainedOptimizer.
+
+Megatron's own get_megatron_optimizer makes an entry for experts only when EP > 1, so its states cannot move between
+EP sizes ("Expected 2 entries in state dict, but got 4"). Here a parameter's entry depends on the parameter alone:
+
+    NorMuon dense     matrices [m, n] but embedding and lm_head
+    NorMuon experts   stacks of matrices [E, m, n]
+    AdamW dense       embedding, lm_head, norms, biases, sinks
+    AdamW experts     their biases [E, F]
+    AdamW fp32        what stays fp32 in a bf16 model: a Float16Optimizer would give it the states of others
+                      (optimizer/optimizer.py:812 maps float16_groups only)
+
+Without `optimizer.normuon` AdamW takes the matrices too. An entry without parameters is left out; that depends on the
+config, never on the layout. Gradient norms of experts are summed over their own model-parallel group, those of the rest
+over theirs; otherwise ranks would clip differently under EP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+
+from common.errors import ConfigError
+from trainer.config import KDConfig
+from trainer.normuon import NorMuon
+
+
+class Entry(NamedTuple):
+    """One optimizer of the chain. fp32: its parameters are fp32 in a bf16 model too."""
+
+    normuon: bool
+    experts: bool
+    fp32: bool = False
+
+
+ENTRIES = (
+    Entry(normuon=True, experts=False),
+    Entry(normuon=True, experts=True),
+    Entry(normuon=False, experts=False),
+    Entry(normuon=False, experts=True),
+    Entry(normuon=False, experts=False, fp32=True),
+)
+_EXPERTS = ".mlp.experts."
+_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+_VALUE_RESIDUAL, _GRAPE_M = "value_residual_logit", "rotary_pos_emb.log_frequency"
+
+
+def build_optimizer(config: KDConfig, model: torch.nn.Module) -> ChainedOptimizer:
+    """The chain over the model's parameters, in order of ENTRIES; every parameter is in exactly one.
+
+    Every param group has `lr_mult`, the factor on the rate of the step, and its own constant `weight_decay`.
+    Raises ConfigError when a bf16 model holds an fp32 parameter that is not known to stay so, or the reverse.
+    """
+    named: dict[Entry, dict[str, torch.nn.Parameter]] = {entry: {} for entry in ENTRIES}
+    for name, parameter in model.named_parameters():
+        entry = _entry(config, name, parameter)
+        named[entry][name] = parameter
+        if config.precision == "bf16" and (parameter.dtype == torch.float32) != entry.fp32:
+            raise ConfigError(
+                f"parameter {name} of a bf16 model",
+                got=str(parameter.dtype),
+                expected=f"fp32 for {_VALUE_RESIDUAL} and {_GRAPE_M} alone",
+                remedy="name it in trainer/megatron/optimizer.py, _entry, when it has to stay fp32",
+            )
+    megatron = _megatron_config(config)
+    chain = [_wrapped(config, megatron, entry, of) for entry, of in named.items() if of]
+    return ChainedOptimizer(chain)
+
+
+def _entry(config: KDConfig, name: str, parameter: torch.nn.Parameter) -> Entry:
+    if name.endswith((_VALUE_RESIDUAL, _GRAPE_M)):
+        return Entry(normuon=False, experts=False, fp32=True)
+    experts = _EXPERTS in name
+    matrix = parameter.ndim == (3 if experts else 2) and not name.endswith(_VOCABULARY)
+    return Entry(normuon=matrix and config.optimizer.normuon is not None, experts=experts)
+
+
+def _groups(
+    config: KDConfig, entry: Entry, named: dict[str, torch.nn.Parameter]
+) -> list[dict[str, Any]]:
+    """Param groups of one entry, unlike in (wd_mult, lr_mult): by these a checkpoint's groups are told apart."""
+    of = config.optimizer
+    decay = of.normuon.weight_decay if entry.normuon and of.normuon else of.weight_decay
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in named.items():
+        vector = parameter.ndim == (2 if entry.experts else 1)
+        key = (0.0 if vector else 1.0, _rate_factor(config, entry, name))
+        groups.setdefault(key, []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": of.lr * lr_mult,
+            "weight_decay": decay * wd_mult,
+            "wd_mult": wd_mult,
+            "lr_mult": lr_mult,
+            "is_expert_parallel": entry.experts,
+            "is_decoupled_lr": False,
+        }
+        for (wd_mult, lr_mult), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+def _rate_factor(config: KDConfig, entry: Entry, name: str) -> float:
+    of = config.optimizer
+    if entry.normuon and of.normuon:
+        return of.normuon.lr / of.lr
+    if name.endswith(_VALUE_RESIDUAL):
+        return of.rates.value_residual
+    return of.rates.grape_m if name.endswith(_GRAPE_M) else 1.0
+
+
+def _wrapped(
+    config: KDConfig,
+    megatron: MegatronOptimizerConfig,
+    entry: Entry,
+    named: dict[str, torch.nn.Parameter],
+) -> MegatronOptimizer:
+    groups = _groups(config, entry, named)
+    plain = _normuon(config, groups) if entry.normuon else _adamw(config, groups)
+    init = _init_normuon if entry.normuon else _init_adamw
+    if config.precision == "bf16" and not entry.fp32:
+        half = _Float16WithRows if entry.normuon else Float16OptimizerWithFloat16Params
+        wrapped = half(plain, megatron, None, init)
+    else:
+        whole = _FP32WithRows if entry.normuon else FP32Optimizer
+        wrapped = whole(plain, megatron, init)
+    wrapped.grad_stats_parallel_group = (
+        parallel_state.get_expert_tensor_model_pipeline_parallel_group()
+        if entry.experts
+        else parallel_state.get_model_parallel_group()
+    )
+    wrapped.tp_group = parallel_state.get_tensor_model_parallel_group()
+    return wrapped
+
+
+def _normuon(config: KDConfig, groups: list[dict[str, Any]]) -> NorMuon:
+    of = config.optimizer.normuon
+    assert of is not None
+    return NorMuon(
+        groups,
+        of.lr,
+        momentum=of.momentum,
+        beta2=of.beta2,
+        eps=of.eps,
+        polar_dtype=torch.bfloat16 if config.device == "cuda" else torch.float32,
+    )
+
+
+def _adamw(config: KDConfig, groups: list[dict[str, Any]]) -> torch.optim.AdamW:
+    """fused on CUDA: one pass, where the other forms keep temporaries of the embedding's size."""
+    of = config.optimizer
+    return torch.optim.AdamW(
+        groups, lr=of.lr, betas=of.betas, eps=of.eps, fused=config.device == "cuda"
+    )
+
+
+def _init_normuon(optimizer: NorMuon, _config: object = None) -> None:
+    optimizer.init_state()
+
+
+def _init_adamw(optimizer: torch.optim.AdamW, _config: object = None) -> None:
+    """Moments to load into; the step comes with the checkpoint, one for all parameters."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not optimizer.state[parameter]:
+                optimizer.state[parameter] = {
+                    name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")
+                }
+
+
+def _megatron_config(config: KDConfig) -> MegatronOptimizerConfig:
+    bf16 = config.precision == "bf16"
+    return MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=config.optimizer.lr,
+        clip_grad=config.optimizer.clip,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+    )
+
+
+class _RowStatistics:
+    """Checkpoints of NorMuon's row mean squares, to be mixed in before one of Megatron's wrappers.
+
+    optim_state_to_sharding_state takes states of the parameter's shape alone, so they are kept from it and then laid
+    out as the momentum is, less its last axis.
+    """
+
+    optimizer: NorMuon
+
+    def sharded_state_dict(
+        self, model_sharded_state_dict: dict, is_loading: bool = False, metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """As of the wrapper, with `row_second_moment` of every parameter. Zeros stand in before the first step."""
+        self.optimizer.init_state()
+        states = self.optimizer.state
+        rows = {parameter: state.pop("row_second_moment") for parameter, state in states.items()}
+        try:
+            sharded = super().sharded_state_dict(model_sharded_state_dict, is_loading, metadata)
+        finally:
+            for parameter, state in states.items():
+                state["row_second_moment"] = rows[parameter]
+        of_ids = sharded.get("optimizer", sharded)["state"]
+        parameters = (p for group in self.optimizer.param_groups for p in group["params"])
+        for number, parameter in enumerate(parameters):
+            of_ids[number]["row_second_moment"] = _sharded_rows(
+                of_ids[number]["momentum"], rows[parameter]
+            )
+        return sharded
+
+
+def _sharded_rows(momentum: ShardedTensor, rows: torch.Tensor) -> ShardedTensor:
+    if momentum.axis_fragmentations[-1] != 1:
+        raise ConfigError(
+            f"{momentum.key} is split along its columns, whose mean squares are one number a row",
+            remedy="set optimizer.normuon=null or parallel.tensor=1",
+        )
+    return replace(
+        momentum,
+        key=momentum.key.replace("optimizer.state.momentum.", "optimizer.state.row_second_moment."),
+        data=rows,
+        dtype=rows.dtype,
+        local_shape=momentum.local_shape[:-1],
+        global_shape=momentum.global_shape[:-1],
+        global_offset=momentum.global_offset[:-1],
+        axis_fragmentations=momentum.axis_fragmentations[:-1],
+    )
+
+
+class _FP32WithRows(_RowStatistics, FP32Optimizer):
+    """Megatron's FP32Optimizer around NorMuon."""
+
+
+class _Float16WithRows(_RowStatistics, Float16OptimizerWithFloat16Params):
+    """Megatron's Float16OptimizerWithFloat16Params around NorMuon."""
