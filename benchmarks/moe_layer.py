@@ -1,0 +1,204 @@
+"""Time of one mixture-of-experts layer, forward and backward, ours beside Megatron's dispatcher path, in one run.
+
+    python -m benchmarks.moe_layer --device cuda      full width, bf16, 8192 and 32768 tokens
+    python -m benchmarks.moe_layer --device cpu       tiny, float32; shows that it runs
+
+Ways: `ours` is StudentMoE, `megatron` MoELayer with TopKRouter and the alltoall dispatcher (allgather on the CPU)
+around the same RoutedExperts and SharedExpert with the same weights. `host_ms`: until everything is enqueued;
+`wall_ms`: until the device is done; `busy_ms`: sum of kernel times (profiler), with the ten kernels that take longest.
+Medians of the repeats.
+Floors: `flops_ms` at 989.4 TFLOP/s of router, experts and shared expert; `bytes_ms` at 4.8 TB/s: expert weights read
+twice and their gradient written, and 11 passes over the routed rows [N, D] (gathered, in and out of both products and
+of their gradients, summed).
+Writes benchmarks/results/moe_layer_<device>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.files import write_json
+from common.provenance import git_sha, package_versions
+from trainer.config import ModelRuntime, ParallelConfig
+from trainer.student_config import StudentConfig
+
+RESULTS = Path(__file__).parent / "results"
+FULL: dict[str, Any] = {
+    "layers": 4,
+    "hidden": 1024,
+    "heads": 8,
+    "kv_groups": 2,
+    "head_dim": 128,
+    "ffn": 128,
+    "experts": 256,
+    "experts_per_token": 4,
+    "expert_width": 128,
+    "shared_width": 512,
+    "router": {"groups": 8, "group_topk": 4, "aux_loss": 1e-4},
+}
+TINY = FULL | {"hidden": 64, "experts": 16, "expert_width": 32, "shared_width": 32}
+SETTINGS = {
+    "cuda": {"student": FULL, "tokens": [8192, 32768], "precision": "bf16", "repeats": 30},
+    "cpu": {"student": TINY, "tokens": [512], "precision": "fp32", "repeats": 3},
+}
+ROW = 2048  # tokens of a packed row
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", choices=sorted(SETTINGS), required=True)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    settings = SETTINGS[arguments.device]
+    student = StudentConfig.model_validate(settings["student"])
+    report = {
+        "what": (__doc__ or "").splitlines()[0],
+        "settings": settings,
+        "device": "cpu" if arguments.device == "cpu" else torch.cuda.get_device_name(),
+        "versions": package_versions(("torch", "megatron-core")),
+        "git_sha": git_sha(),
+        "by_tokens": compare(student, settings, arguments.device),
+    }
+    write_json(arguments.out or RESULTS / f"moe_layer_{arguments.device}.json", report)
+
+
+def compare(student: StudentConfig, settings: dict[str, Any], device: Any) -> dict[str, Any]:
+    """Both ways and the floors at each number of tokens."""
+    from trainer.megatron.topology import distributed
+
+    with distributed(device, ParallelConfig(), seed=1):
+        layers = make_layers(student, settings["precision"], device)
+        results: dict[str, Any] = {}
+        for tokens in settings["tokens"]:
+            inputs = make_inputs(tokens, student, settings["precision"], device)
+            figures: dict[str, Any] = {"floor": floor(student, tokens)}
+            outs = {name: layer(inputs[0])[0].float() for name, layer in layers.items()}
+            gap = (outs["ours"] - outs["megatron"]).norm() / outs["megatron"].norm()
+            figures["relative_gap_of_outputs"] = float(gap)
+            for name, layer in layers.items():
+                figures[name] = measure(layer, inputs, settings["repeats"])
+            results[str(tokens)] = figures
+            for name, of in figures.items():
+                print(f"T={tokens} {name}: {of}", flush=True)
+        return results
+
+
+def make_layers(student: StudentConfig, precision: Any, device: Any) -> dict[str, torch.nn.Module]:
+    """Ours, and Megatron's with the same weights."""
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.mlp import MLPSubmodules
+    from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    from trainer.megatron.experts import RoutedExperts, SharedExpert
+    from trainer.megatron.moe import StudentMoE
+    from trainer.megatron.student import transformer_config
+
+    compute: Any = "grouped_mm" if device == "cuda" else "loop"
+    runtime = ModelRuntime(
+        device=device,
+        transformer_impl="local",
+        core_attention="dense",
+        expert_compute=compute,
+        precision=precision,
+    )
+    config = transformer_config(student, runtime, ParallelConfig())
+    stock_config = copy(config)
+    stock_config.moe_token_dispatcher_type = "alltoall" if device == "cuda" else "allgather"
+    linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    ours = StudentMoE(config, linear, compute=compute).to(device)
+    parts = MoESubmodules(
+        experts=ModuleSpec(module=RoutedExperts, params={"compute": compute}),
+        shared_experts=ModuleSpec(module=SharedExpert, submodules=linear),
+    )
+    stock = MoELayer(stock_config, parts, layer_number=1).to(device)
+    stock.set_layer_number(1)
+    stock.load_state_dict(ours.state_dict())
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=device))
+    return {"ours": ours, "megatron": stock}
+
+
+def make_inputs(
+    tokens: int, student: StudentConfig, precision: str, device: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states [S, B, D] in packed rows, and a gradient of the output."""
+    torch.manual_seed(0)
+    row = min(ROW, tokens)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    x, grad = (
+        torch.randn(row, tokens // row, student.hidden, device=device).to(dtype) for _ in range(2)
+    )
+    return x.requires_grad_(), grad * 1e-3
+
+
+def floor(student: StudentConfig, tokens: int) -> dict[str, float]:
+    """Least milliseconds by arithmetic and by memory; see the top of this file."""
+    D, F, K = student.hidden, student.expert_width, student.experts_per_token
+    macs = tokens * D * (student.experts + 2 * K * F + 2 * student.shared_width)
+    weights = 2 * student.experts * D * F * 2
+    rows = tokens * K * D * 2
+    return {
+        "flops_ms": round(3 * 2 * macs / 989.4e12 * 1e3, 3),
+        "bytes_ms": round((3 * weights + 11 * rows) / 4.8e12 * 1e3, 3),
+    }
+
+
+def measure(
+    layer: torch.nn.Module, inputs: tuple[torch.Tensor, torch.Tensor], repeats: int
+) -> dict[str, Any]:
+    """Medians over `repeats` passes, after a few that warm up."""
+    x, grad = inputs
+    on_gpu = x.is_cuda
+    wait = torch.cuda.synchronize if on_gpu else (lambda: None)
+
+    def once() -> tuple[float, float]:
+        layer.zero_grad(set_to_none=True)
+        x.grad = None
+        wait()
+        start = time.perf_counter()
+        layer(x)[0].backward(grad)
+        enqueued = time.perf_counter()
+        wait()
+        return enqueued - start, time.perf_counter() - start
+
+    for _ in range(5 if on_gpu else 1):
+        once()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    host, wall = zip(*(once() for _ in range(repeats)), strict=True)
+    figures: dict[str, Any] = {
+        "host_ms": round(1e3 * statistics.median(host), 3),
+        "wall_ms": round(1e3 * statistics.median(wall), 3),
+    }
+    if on_gpu:
+        figures["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        figures |= kernels(once)
+    return figures
+
+
+def kernels(once: Any) -> dict[str, Any]:
+    """Time and number of kernels of one pass, and those that take longest."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        once()
+    events = [e for e in profiled.key_averages() if e.self_device_time_total > 0]
+    events.sort(key=lambda e: -e.self_device_time_total)
+    return {
+        "busy_ms": round(sum(e.self_device_time_total for e in events) / 1e3, 3),
+        "kernels": sum(e.count for e in events),
+        "longest_ms": {e.key[:90]: round(e.self_device_time_total / 1e3, 3) for e in events[:10]},
+    }
+
+
+if __name__ == "__main__":
+    main()
