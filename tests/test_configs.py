@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -68,5 +69,5 @@ def test_locked_student_is_the_one_of_the_document() -> None:
     student = load_config(StudentConfig, CONFIG_ROOT / "student" / "vpmoe.yaml")
     counts = parameter_counts(student)
     assert f"| routed experts 79 x 256 x 263,296 | {counts['routed_experts']:,} |" in text
-    assert f"| output head | {counts['lm_head']:,} |" in text
-    assert f"{counts['total']:,} in all" in text
+    for component in set(counts) - {"routed_experts"}:
+        assert re.search(rf"(?<![\d,]){counts[component]:,}(?!,?\d)", text), component

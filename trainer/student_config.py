@@ -1,7 +1,4 @@
-"""The student's shape: configs/student/NAME.yaml. Needs no Megatron, so it can be checked anywhere.
-
-Parts of the locked student that this version does not have yet (`student.tpa` and the like) are refused by name.
-"""
+"""The student's shape: configs/student/NAME.yaml. Needs no Megatron, so it can be checked anywhere."""
 
 from __future__ import annotations
 
@@ -10,12 +7,6 @@ from typing import Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from common.config import Config
-
-_LATER = {
-    "tpa": "tensor-product attention",
-    "grape_m": "learnable rotary frequencies",
-    "value_residual": "the value residual",
-}
 
 
 class RouterConfig(Config):
@@ -88,16 +79,6 @@ class StudentConfig(Config):
     tpa: TPAConfig | None = None
     grape_m: GrapeMConfig | None = None
     value_residual: ValueResidualConfig | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_slots(cls, raw: object) -> object:
-        for key, what in _LATER.items():
-            if isinstance(raw, dict) and raw.get(key) is not None:
-                raise ValueError(
-                    f"student.{key} comes with {what}, which this version does not have; set it to null"
-                )
-        return raw
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

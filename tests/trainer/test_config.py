@@ -30,24 +30,32 @@ def test_students_parse(path) -> None:
 
 
 def test_the_locked_student_has_its_parameters() -> None:
-    """Per layer and component as in the student's table, in its form with fused QKV in every layer."""
     counts = parameter_counts(load_config(KDConfig, BASE).student)
-    assert counts["routed_experts"] == 5_324_898_304
-    assert counts["embedding"] == counts["lm_head"] == 205_914_112
-    assert counts["attention"] == 80 * 2_624_000
-    assert counts["shared_experts"] == 82_958_848
-    assert counts["routers"] == 20_729_600
-    assert counts["dense_mlp"] == 263_296
-    assert counts["norms"] == 164_864 + 20_480
-    assert counts["sinks"] == 640
+    assert counts == {
+        "routed_experts": 5_324_898_304,
+        "embedding": 205_914_112,
+        "lm_head": 205_914_112,
+        "local_attention": 128_440_320,
+        "shared_experts": 82_958_848,
+        "global_attention": 52_480_000,
+        "routers": 20_729_600,
+        "dense_mlp": 263_296,
+        "norms": 164_864,
+        "qk_norms": 20_480,
+        "sinks": 640,
+        "grape_m": 64,
+        "value_residual": 79,
+        "total": 6_021_784_719,
+        "active": 780_087_951,
+        "active_inner": 368_259_727,
+    }
 
 
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("student.tpa={q_rank: 4}", "student.tpa comes with tensor-product attention"),
-        ("student.grape_m=true", "student.grape_m comes with"),
-        ("student.value_residual=1.0", "set it to null"),
+        ("student.tpa={q_rank: 4}", "student.tpa.kv_rank"),
+        ("student.value_residual.init=1.5", "student.value_residual.init"),
         ("student.hiden=32", "did you mean 'hidden'?"),
         ("optimiser.lr=1", "did you mean 'optimizer'?"),
         ("core_attention=flex", "set it to dense"),

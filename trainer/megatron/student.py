@@ -28,6 +28,9 @@ from trainer.config import ModelRuntime, ParallelConfig
 from trainer.megatron.attention import CoreAttention
 from trainer.megatron.experts import RMSNorm, relu_squared
 from trainer.megatron.moe import StudentMoE
+from trainer.megatron.rotary import GrapeM
+from trainer.megatron.self_attention import ValueResidualAttention, ValueResidualLayer
+from trainer.megatron.tpa import TPAProjection
 from trainer.student_config import StudentConfig
 
 _FULL_RECOMPUTE = {
@@ -66,13 +69,20 @@ def build_student(
     config = transformer_config(student, runtime, parallel)
     model = Student(
         config,
-        block_spec(student, runtime, config),
+        block_spec(student, runtime),
         vocab_size=student.vocab_size,
         max_sequence_length=seq_len,
         share_embeddings_and_output_weights=False,
         position_embedding_type="rope",
         rotary_base=student.rotary_base,
     )
+    if student.grape_m is not None:
+        model.rotary_pos_emb = GrapeM(
+            student.head_dim,
+            student.rotary_base,
+            student.grape_m.log_scale,
+            sequence_parallel=config.sequence_parallel,
+        )
     return model if runtime.device == "cpu" else model.cuda()
 
 
@@ -138,41 +148,47 @@ def _router_settings(student: StudentConfig) -> dict[str, Any]:
     }
 
 
-def block_spec(
-    student: StudentConfig, runtime: ModelRuntime, config: TransformerConfig
-) -> TransformerBlockSubmodules:
+def block_spec(student: StudentConfig, runtime: ModelRuntime) -> TransformerBlockSubmodules:
     """One fresh spec for each layer, and the final norm."""
-    layers = [
-        _layer_spec(dense=number < student.dense_layers, runtime=runtime)
-        for number in range(student.layers)
-    ]
+    layers = [_layer_spec(student, runtime, number) for number in range(1, student.layers + 1)]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_parts(runtime)["norm"])
 
 
-def _layer_spec(*, dense: bool, runtime: ModelRuntime) -> ModuleSpec:
+def _layer_spec(student: StudentConfig, runtime: ModelRuntime, number: int) -> ModuleSpec:
+    """Layer `number`, counted from 1. Global layers, and all without student.tpa, have the fused projection."""
     part = _parts(runtime)
+    dense = number <= student.dense_layers
+    factored = student.tpa is not None and number % student.global_every != 0
     return ModuleSpec(
-        module=TransformerLayer,
+        module=TransformerLayer if student.value_residual is None else ValueResidualLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=part["norm_before_linear"],
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=part["norm_column"],
-                    core_attention=partial(CoreAttention, backend=runtime.core_attention),
-                    linear_proj=part["row"],
-                    q_layernorm=part["norm"],
-                    k_layernorm=part["norm"],
-                ),
-            ),
+            input_layernorm=part["norm"] if factored else part["norm_before_linear"],
+            self_attention=_attention_spec(student, runtime, factored),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=part["norm_before_linear"] if dense else part["norm"],
             mlp=_dense_spec(part) if dense else _experts_spec(part, runtime),
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=_norm_keys(dense)
+            sharded_state_dict_keys_map=_norm_keys(factored, dense)
             if runtime.transformer_impl == "local"
             else {},
+        ),
+    )
+
+
+def _attention_spec(student: StudentConfig, runtime: ModelRuntime, factored: bool) -> ModuleSpec:
+    part, residual = _parts(runtime), student.value_residual
+    return ModuleSpec(
+        module=SelfAttention if residual is None else ValueResidualAttention,
+        params={"attn_mask_type": AttnMaskType.causal}
+        | ({} if residual is None else {"init": residual.init}),
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=partial(TPAProjection, **student.tpa.model_dump())
+            if factored
+            else part["norm_column"],
+            core_attention=partial(CoreAttention, backend=runtime.core_attention),
+            linear_proj=part["row"],
+            q_layernorm=part["norm"],
+            k_layernorm=part["norm"],
         ),
     )
 
@@ -215,9 +231,10 @@ def _parts(runtime: ModelRuntime) -> dict[str, Any]:
     }
 
 
-def _norm_keys(dense: bool) -> dict[str, str]:
-    """Checkpoint names of the norms as TransformerEngine's fused layers have them, so both forms read one
-    checkpoint.
+def _norm_keys(factored: bool, dense: bool) -> dict[str, str]:
+    """Checkpoint names of the norms that TransformerEngine fuses into the next product, so that both forms read one
+    checkpoint; TPA layers keep theirs apart in both.
     """
-    keys = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
-    return keys | ({"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"} if dense else {})
+    attention = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    mlp = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+    return ({} if factored else attention) | (mlp if dense else {})

@@ -28,6 +28,9 @@ STUDENT: dict[str, Any] = {
     "window": 6,
     "init_std": 0.1,
     "vocab_size": VOCAB,
+    "tpa": {"q_rank": 3, "kv_rank": 2},
+    "grape_m": {"log_scale": 4.0},
+    "value_residual": {"init": 0.7},
 }
 
 
