@@ -59,12 +59,17 @@ def test_two_processes_equal_one(layout) -> None:
     assert two[0]["values"]["router/aux_loss"] == pytest.approx(
         one["values"]["router/aux_loss"], rel=1e-5
     )
-    for kind, tolerance in (("gradients", 1e-6), ("weights", 1e-5)):
+    for kind, tolerance in (("gradients", 5e-6), ("weights", 1e-5)):
         whole = {name: _whole(two, kind, name, layout) for name in one[kind]}
         got, expected = (
             np.concatenate([of[n].ravel() for n in one[kind]]) for of in (whole, one[kind])
         )
         assert np.linalg.norm(got - expected) < tolerance * np.linalg.norm(expected), kind
+        for name, expected in one[
+            kind
+        ].items():  # one sum over ranks left out would be lost in the whole
+            difference = np.linalg.norm(whole[name] - expected)
+            assert difference < 1e-4 * np.linalg.norm(expected), (kind, name)
 
 
 def _whole(two: list[dict], kind: str, name: str, layout: str) -> np.ndarray:
