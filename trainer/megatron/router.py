@@ -2,7 +2,8 @@
 
 z = W x + b in fp32, s = sigmoid(z). Experts are chosen by s + e (e the balancing bias, no gradient): the groups with
 the largest sums of their best k / g biased scores, g groups kept, then the best k inside them. Gates are the unbiased
-s of the chosen, divided by their sum + 1e-20, times the scaling.
+s of the chosen, divided by their sum + 1e-20, times the scaling. With one expert a token the gate is s times the
+scaling (as in Megatron): divided by itself it would teach the router nothing.
 
 Parameters, buffers and the bias update stay Megatron's (TopKRouter, finalize_model_grads); its routing is not used
 (megatron/core/transformer/moe): dense [tokens, experts] maps of probabilities and choices; with a padding mask and
@@ -59,7 +60,8 @@ class StudentRouter(TopKRouter):
                 config.moe_router_group_topk,
             )
         gates_TK = scores_TE.gather(1, experts_TK)
-        gates_TK = gates_TK / (gates_TK.sum(dim=1, keepdim=True) + 1e-20)
+        if self.topk > 1:
+            gates_TK = gates_TK / (gates_TK.sum(dim=1, keepdim=True) + 1e-20)
         gates_TK = gates_TK * config.moe_router_topk_scaling_factor
         if torch.is_grad_enabled():
             # Neither evaluation nor the first pass of recomputation counts.
