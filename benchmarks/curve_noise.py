@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,33 +23,49 @@ from benchmarks.curve_runs import (
 )
 
 WATCHED = ("loss/total", "grad_norm")
-UNBROKEN = ("a", "c", "d")
+# deterministic: and which runs are not broken.
+MODES = {"default_mode": ("false", ("a", "c", "d")), "deterministic_mode": ("true", ("a",))}
 
 
 def measure_noise(
-    work: Path, profile: str, steps: int, extra: Sequence[str], *, limit_sec: float
+    work: Path,
+    profile: str,
+    steps: int,
+    extra: Sequence[str],
+    *,
+    at_once: int,
+    limit_sec: float,
 ) -> dict[str, Any]:
     """Unbroken runs against each other and against one killed after `steps` / 2 and resumed, in both modes.
 
-    All are the same run: KD, one seed. Raises ClickException when one fails or does not end within limit_sec each.
+    All are the same run: KD, one seed. Raises ClickException when one fails or does not end within limit_sec.
     """
-    modes = {"default_mode": ("false", UNBROKEN), "deterministic_mode": ("true", UNBROKEN[:1])}
-    figures = {}
-    for mode, (flag, names) in modes.items():
-        own = (f"steps={steps}", f"checkpoint.every={steps // 2}", "checkpoint.keep=1", "seed=0")
-        own = (*own, "loss.kd_weight=1.0", "eval.every=0", f"deterministic={flag}")
-        jobs = [
-            student_job(work, f"noise/{mode}-{n}", profile, extra, own) for n in (*names, "broken")
+    own = (f"steps={steps}", "checkpoint.keep=1", "seed=0", "loss.kd_weight=1.0", "eval.every=0")
+    broken, unbroken = {}, {}
+    for mode, (flag, names) in MODES.items():
+        settings = (*own, f"deterministic={flag}", "eval.rows=8")
+        whole, half = (*settings, f"checkpoint.every={steps}"), f"checkpoint.every={steps // 2}"
+        unbroken[mode] = [
+            student_job(work, f"noise/{mode}-{n}", profile, extra, whole) for n in names
         ]
-        run_jobs(jobs[:-1], work, at_once=len(names), limit_sec=limit_sec)
-        _run_broken(jobs[-1], work, steps, limit_sec)
-        figures[mode] = _figures([job.folder for job in jobs[:-1]], jobs[-1].folder, steps)
+        broken[mode] = student_job(work, f"noise/{mode}-broken", profile, extra, (*settings, half))
+    with ThreadPoolExecutor(at_once) as pool:
+        limits = {"at_once": 1, "limit_sec": limit_sec}
+        runs = [pool.submit(_run_broken, job, work, steps, limit_sec) for job in broken.values()]
+        for job in (job for jobs in unbroken.values() for job in jobs):
+            runs.append(pool.submit(run_jobs, [job], work, **limits))
+        for run in runs:
+            run.result()
+    first = unbroken["default_mode"][0]
     return {
         "steps": steps,
         "resumed_at": steps // 2,
-        "command": " ".join(["vpmoe-train", *jobs[0].arguments()]),
-        "run": jobs[0].folder,
-        "figures": figures,
+        "command": " ".join(["vpmoe-train", *first.arguments()]),
+        "run": first.folder,
+        "figures": {
+            mode: _figures([job.folder for job in unbroken[mode]], broken[mode].folder, steps)
+            for mode in MODES
+        },
     }
 
 

@@ -36,7 +36,7 @@ from demo.tiny_teacher import (
 @dataclass(frozen=True)
 class TeacherPlan:
     """How the teacher is trained. dropout: on each branch before it joins the residual stream. patience: evaluations
-    without a better one after which it stops. max_sec: of training; the rate falls linearly over `steps`.
+    without a better one after which it stops. max_sec: of training by one plan; the rate falls linearly over `steps`.
     """
 
     shape: Shape
@@ -48,7 +48,7 @@ class TeacherPlan:
     dropout: float = 0.2
     every: int = 20
     patience: int = 6
-    max_sec: float = 170.0
+    max_sec: float = 60.0
     seed: int = 0
 
 
@@ -71,22 +71,20 @@ class _Best:
             self.worse += 1
 
 
-def train_curve_teacher(folder: Path, dataset: Path, plan: TeacherPlan) -> dict[str, Any]:
-    """Write the teacher's model folder (with canary.json and provenance.json); returns the provenance.
+def train_curve_teacher(folder: Path, dataset: Path, plans: list[TeacherPlan]) -> dict[str, Any]:
+    """Train by each plan; write the best one's model folder (with canary.json, provenance.json). Returns provenance.
 
-    valid_ce there: mean cross entropy in nats over all targets of the valid split, over the whole vocabulary. The
-    valid split chose the step to stop at, so it is a little optimistic for the teacher.
+    The plans share one shape. valid_ce there: mean cross entropy in nats over all targets of the valid split, over the
+    whole vocabulary. The valid split chose plan and step, so it is a little optimistic for the teacher.
     """
     opened = Dataset.open(dataset)
     train, valid = documents_of(opened, "train"), documents_of(opened, "valid")
     seen_ids = np.unique(np.concatenate([tokens for tokens, _ in train]))
-    torch.manual_seed(plan.seed)
+    found = [(plan, _trained(train, valid, seen_ids, plan)) for plan in plans]
+    plan, best = min(found, key=lambda pair: pair[1].loss)
     compact = gpt_oss(plan.shape, len(seen_ids) + 1)
-    initialise(compact, plan.shape)
-    _scale_branches(compact, plan.shape)
-    best = _train(compact.to(plan.device), train, valid, seen_ids, plan)
-    compact = compact.cpu()
     compact.load_state_dict(best.weights)
+    torch.manual_seed(plan.seed)
     model = spread(compact, plan.shape, seen_ids)
     body = sum(p.numel() for p in compact.model.layers.parameters())
     provenance = {
@@ -95,6 +93,11 @@ def train_curve_teacher(folder: Path, dataset: Path, plan: TeacherPlan) -> dict[
         "best_step": best.step,
         "valid_ce": best.loss,
         "curve": best.curve,
+        "others": [
+            {"plan": asdict(p), "best_step": b.step, "valid_ce": b.loss}
+            for p, b in found
+            if p is not plan
+        ],
         "train_tokens": int(sum(len(tokens) for tokens, _ in train)),
         "seen_ids": len(seen_ids),
         "parameters": {"total": sum(p.numel() for p in model.parameters()), "layers": body},
@@ -103,12 +106,34 @@ def train_curve_teacher(folder: Path, dataset: Path, plan: TeacherPlan) -> dict[
     return provenance
 
 
-def _scale_branches(model: Any, shape: Shape) -> None:
-    """What joins the residual stream starts smaller by sqrt(2 layers), as in GPT-2."""
+def _trained(
+    train: list[Document], valid: list[Document], seen_ids: np.ndarray, plan: TeacherPlan
+) -> _Best:
+    torch.manual_seed(plan.seed)
+    compact = gpt_oss(plan.shape, len(seen_ids) + 1)
+    initialise(compact, plan.shape)
+    _rescale(compact, plan.shape)
+    return _train(compact.to(plan.device), train, valid, seen_ids, plan)
+
+
+def _rescale(model: Any, shape: Shape) -> None:
+    """Start values for this width, as GPT-2 has them; the tiny teacher's are for 64.
+
+    Embeddings and lm_head of 0.02, which a rate of 1e-3 can still move where an id is rare; what joins the residual
+    stream smaller by sqrt(2 layers); routers whose logits do not grow with the width.
+    """
+    factors = {
+        "embed_tokens.weight": 0.02 / 0.5,
+        "lm_head.weight": 0.02 * math.sqrt(shape.hidden),
+        "o_proj.weight": 1 / math.sqrt(2 * shape.layers),
+        "down_proj": 1 / math.sqrt(2 * shape.layers),
+        "router.weight": math.sqrt(64 / shape.hidden),
+    }
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj")):
-                weight /= math.sqrt(2 * shape.layers)
+            for ending, factor in factors.items():
+                if name.endswith(ending):
+                    weight *= factor
 
 
 def _train(
@@ -140,10 +165,8 @@ def _train(
         mean = float(torch.stack(losses).mean())
         best.note(step, seconds, mean, _valid_loss(model, valid, seen_ids, plan), model)
         losses.clear()
-        print(
-            f"teacher step {step}: train {mean:.3f} valid {best.curve[-1]['valid_ce']:.3f} {seconds:.0f} s",
-            flush=True,
-        )
+        name, now = f"teacher (dropout {plan.dropout:g})", best.curve[-1]["valid_ce"]
+        print(f"{name} step {step}: train {mean:.3f} valid {now:.3f} {seconds:.0f} s", flush=True)
         if best.worse >= plan.patience or seconds > plan.max_sec:
             break
     return best

@@ -87,16 +87,16 @@ def _first_rows(work: Path, source: Path, rows: int | None) -> Path:
 @click.option("--layers", default=6)
 @click.option("--experts", default=4)
 @click.option("--lr", default=1e-3)
-@click.option("--dropout", default=0.2)
+@click.option("--dropouts", default="0.1,0.2,0.3", help="One teacher each; the best is kept.")
 @click.option("--weight-decay", default=0.1)
 @click.option("--batch-documents", default=16)
 @click.option("--every", default=20, help="Steps between evaluations.")
-@click.option("--max-sec", default=170.0)
+@click.option("--max-sec", default=60.0, help="Of each teacher.")
 @click.pass_obj
 def teacher(
-    given: dict[str, Any], hidden: int, layers: int, experts: int, steps: int, **plan: Any
+    given: dict[str, Any], hidden: int, layers: int, experts: int, dropouts: str, **plan: Any
 ) -> None:
-    """Train the teacher and keep its best weights by valid CE."""
+    """Train teachers of one size and keep the best weights by valid CE."""
     from benchmarks.curve_teacher import TeacherPlan, train_curve_teacher
     from demo.tiny_teacher import Shape
 
@@ -107,9 +107,12 @@ def teacher(
     heads = max(2, hidden // 64)
     size = {"heads": heads, "kv_heads": heads // 2, "head_dim": hidden // heads}
     shape = Shape(hidden=hidden, layers=layers, experts=experts, **size)
-    whole = TeacherPlan(shape=shape, steps=steps, device=given["device"], **plan)
-    made = train_curve_teacher(folder, given["work"] / "data", whole)
-    click.echo(f"valid CE {made['valid_ce']:.4f} at step {made['best_step']}")
+    plans = [
+        TeacherPlan(shape=shape, device=given["device"], dropout=float(dropout), **plan)
+        for dropout in dropouts.split(",")
+    ]
+    made = train_curve_teacher(folder, given["work"] / "data", plans)
+    click.echo(f"valid CE {made['valid_ce']:.4f}, step {made['best_step']}: {made['plan']}")
 
 
 @main.command()
@@ -138,6 +141,7 @@ def _teacher_config(given: dict[str, Any]) -> TeacherConfig:
 @main.command()
 @click.option("--steps", default=240)
 @click.option("--every", default=20, help="Steps between evaluations.")
+@click.option("--eval-rows", default=24, help="Valid rows: whole micro-batches, one shape.")
 @click.option("--seeds", default="0,1,2")
 @click.option("--kd-weight", default=1.0, help="Of the KD arm.")
 @click.option("--at-once", default=3, help="Runs that share the GPU.")
@@ -148,6 +152,7 @@ def students(
     given: dict[str, Any],
     steps: int,
     every: int,
+    eval_rows: int,
     seeds: str,
     kd_weight: float,
     at_once: int,
@@ -156,7 +161,12 @@ def students(
 ) -> None:
     """Train both arms with each seed: the same config but for loss.kd_weight."""
     weights = {"kd": kd_weight, "ce": 0.0}
-    fixed = (f"steps={steps}", f"eval.every={every}", "eval.rows=null", f"checkpoint.every={steps}")
+    fixed = (
+        f"steps={steps}",
+        f"eval.every={every}",
+        f"eval.rows={eval_rows}",
+        f"checkpoint.every={steps}",
+    )
     jobs = [
         student_job(
             given["work"],
@@ -205,17 +215,24 @@ def plot_command(path: Path, picture: Path) -> None:
 
 @main.command()
 @click.option("--steps", default=24)
-@click.option("--limit-sec", default=200.0, help="Of each group of runs.")
+@click.option("--at-once", default=4, help="Runs that share the GPU.")
+@click.option("--limit-sec", default=280.0, help="Of each run.")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "resume_cuda.json")
 @click.option("--set", "extra", multiple=True, help="KEY=VALUE of every run's config.")
 @click.pass_obj
 def noise(
-    given: dict[str, Any], steps: int, limit_sec: float, out: Path, extra: tuple[str, ...]
+    given: dict[str, Any],
+    steps: int,
+    at_once: int,
+    limit_sec: float,
+    out: Path,
+    extra: tuple[str, ...],
 ) -> None:
     """Unbroken runs against each other and against a killed and resumed one, in both modes."""
     from benchmarks.curve_noise import measure_noise
 
-    found = measure_noise(given["work"], given["device"], steps, extra, limit_sec=limit_sec)
+    limits = {"at_once": at_once, "limit_sec": limit_sec}
+    found = measure_noise(given["work"], given["device"], steps, extra, **limits)
     result = {
         "what": "resume: runs never stopped against each other, and against one killed (SIGKILL) past the checkpoint "
         "in the middle and started again; largest relative differences by step",
