@@ -35,6 +35,7 @@ PROFILES = {
             "batch={global_batch_size: 8, micro_batch_size: 8}",
             "recompute=false",
             "optimizer.lr=1.0e-3",
+            "optimizer.normuon.lr=1.0e-2",
             "schedule={kind: cosine, warmup: 20, min_lr: 1.0e-4}",
         ),
     ),
