@@ -19,6 +19,7 @@ def main() -> None:
       vpmoe-train kd configs/base.yaml optimizer.lr=2e-4 run=runs/lr2e-4
       torchrun --nproc-per-node 8 --no-python vpmoe-train kd configs/base.yaml
       vpmoe-train eval runs/demo
+      vpmoe-train params configs/base.yaml
     """
 
 
@@ -58,3 +59,31 @@ def eval_(run: Path, overrides: tuple[str, ...]) -> None:
 
     path = run / "config.yaml" if run.is_dir() else run
     run_eval(load_config(KDConfig, path, overrides))
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+@click.option("--seq-len", default=2048, show_default=True, help="Row length for the FLOPs.")
+@click.option("--check", is_flag=True, help="Build the modules, without memory, and compare them.")
+def params(config: Path, overrides: tuple[str, ...], seq_len: int, check: bool) -> None:
+    """Show the student's parameters by component, the active ones, and FLOPs a token.
+
+    \b
+    Examples:
+      vpmoe-train params configs/base.yaml
+      vpmoe-train params configs/base.yaml --check student.layers=8
+    """
+    from rich.console import Console
+
+    from common.config import load_config
+    from trainer.config import KDConfig
+    from trainer.params import print_parameters, require_equal
+
+    student = load_config(KDConfig, config, overrides).student
+    print_parameters(student, seq_len, Console())
+    if check:
+        from trainer.megatron.built import built_counts
+
+        require_equal(student, built_counts(student))
+        click.echo("the built modules hold exactly these parameters")

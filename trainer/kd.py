@@ -14,7 +14,7 @@ from trainer.data import Loader, RunData
 from trainer.eval import evaluate
 from trainer.megatron.checkpoint import load_checkpoint, save_checkpoint
 from trainer.megatron.step import Clock, StepReport, Trainer
-from trainer.megatron.topology import Topology, distributed
+from trainer.megatron.topology import Topology, check_run, distributed
 from trainer.run import (
     RunLog,
     describe_run,
@@ -24,6 +24,7 @@ from trainer.run import (
     require_same_run,
     run_folder,
     step_line,
+    utilisation,
 )
 from trainer.schedule import learning_rate
 
@@ -32,6 +33,7 @@ _LOG = logging.getLogger(__name__)
 
 def run_kd(config: KDConfig) -> None:
     """Train until `steps`; the same command goes on where a killed one was saved. Every rank calls it."""
+    check_run(config)
     with (
         distributed(
             config.device, config.parallel, config.seed, deterministic=config.deterministic
@@ -43,6 +45,7 @@ def run_kd(config: KDConfig) -> None:
 
 def run_eval(config: KDConfig) -> dict[str, float]:
     """Evaluate the newest checkpoint of a run; rank 0 tells it and writes eval.json. All ranks return the same."""
+    check_run(config)
     with distributed(
         config.device, config.parallel, config.seed, deterministic=config.deterministic
     ) as topology:
@@ -133,12 +136,19 @@ class KDRun:
 
     def _values(self, report: StepReport, rate: float, seconds: float) -> dict[str, float]:
         phases = {f"seconds/{phase}": value for phase, value in report.seconds.items()}
-        tokens = self.config.batch.global_batch_size * self.seq_len
+        tokens_per_sec = self.config.batch.global_batch_size * self.seq_len / seconds
         return report.values | {
             "lr": rate,
             "seconds/step": seconds,
             **phases,
-            "tokens_per_sec": tokens / seconds,
+            "tokens_per_sec": tokens_per_sec,
+            **utilisation(
+                self.config,
+                self.seq_len,
+                tokens_per_sec,
+                self.topology.device,
+                self.topology.world_size,
+            ),
             "memory_gib": peak_memory_gib(self.topology.device),
         }
 

@@ -24,6 +24,7 @@ from common.files import exclusive_lock, write_bytes, write_json
 from common.provenance import git_sha, package_versions
 from trainer.batch import CLASSES
 from trainer.config import KDConfig
+from trainer.flops import flops_per_token, mfu, peak_bf16_flops
 
 PACKAGES = (
     "torch",
@@ -161,6 +162,17 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def utilisation(
+    config: KDConfig, seq_len: int, tokens_per_sec: float, device: torch.device, gpus: int
+) -> dict[str, float]:
+    """`mfu` of the whole run on `gpus` of this kind (trainer/flops.py), or nothing where the peak is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = peak_bf16_flops(name)
+    if peak is None:
+        return {}
+    return {"mfu": mfu(tokens_per_sec, flops_per_token(config.student, seq_len), peak * gpus)}
 
 
 def step_line(step: int, steps: int, values: dict[str, float]) -> str:

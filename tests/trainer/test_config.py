@@ -8,7 +8,7 @@ import yaml
 from common.config import CONFIG_ROOT, load_config, parse_config
 from common.errors import ConfigError
 from trainer.config import KDConfig, ParallelConfig
-from trainer.megatron.topology import check_layout
+from trainer.megatron.topology import check_layout, check_run
 from trainer.parameters import parameter_counts
 from trainer.student_config import StudentConfig
 
@@ -91,6 +91,27 @@ def test_unsupported_layouts_are_refused(layout) -> None:
         check_layout(ParallelConfig(**layout))
 
 
+_TENSOR = ("parallel.tensor=2", "parallel.expert=2", "parallel.sequence_parallel=true")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("parallel.pipeline=2",), "student.value_residual"),
+        ((*_TENSOR, "parallel.expert=1"), "parallel.expert = 1"),
+        (_TENSOR, r"optimizer\.normuon.* not supported; set parallel\.tensor=1"),
+        ((*_TENSOR, "student.kv_groups=1"), r"student\.kv_groups=1.*divisor"),
+        (("parallel.expert=3",), r"student\.experts=256.*divisor"),
+    ],
+)
+def test_parts_of_the_student_are_refused_in_layouts_where_they_do_not_work(
+    overrides, said
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_run(load_config(KDConfig, BASE, overrides))
+
+
 def test_supported_layouts_pass() -> None:
     check_layout(ParallelConfig(expert=8))
     check_layout(ParallelConfig(tensor=2, expert=4, sequence_parallel=True))
+    check_run(load_config(KDConfig, BASE, (*_TENSOR, "optimizer.normuon=null")))

@@ -63,10 +63,17 @@ class Student(GPTModel):
 
 
 def build_student(
-    student: StudentConfig, runtime: ModelRuntime, parallel: ParallelConfig, seq_len: int
+    student: StudentConfig,
+    runtime: ModelRuntime,
+    parallel: ParallelConfig,
+    seq_len: int,
+    *,
+    initialise: bool = True,
 ) -> Student:
-    """The model on this rank's device, initialised from the seeded generators."""
+    """The model on this rank's device, initialised from the seeded generators unless told otherwise."""
     config = transformer_config(student, runtime, parallel)
+    if not initialise:
+        config.perform_initialization = config.use_cpu_initialization = False
     model = Student(
         config,
         block_spec(student, runtime),

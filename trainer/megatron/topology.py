@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from common.errors import ConfigError, EngineError
-from trainer.config import ParallelConfig
+from trainer.config import KDConfig, ParallelConfig
 
 Device = Literal["cpu", "cuda"]
 _TIMEOUT = datetime.timedelta(minutes=30)
@@ -57,13 +57,13 @@ def check_layout(parallel: ParallelConfig) -> None:
     refused = [
         (
             parallel.pipeline > 1,
-            "parallel.pipeline > 1",
+            "parallel.pipeline > 1 (no stage passes on the values that student.value_residual takes from layer 1)",
             "spread with parallel.expert and data parallelism",
         ),
         (
             parallel.context > 1,
-            "parallel.context > 1",
-            "packed rows of 2048 fit one device; set it to 1",
+            "parallel.context > 1 (a row's documents are masked on one device)",
+            "rows of documents fit one device; set parallel.context=1",
         ),
         (
             parallel.tensor > 1 and parallel.expert == 1,
@@ -86,6 +86,37 @@ def check_layout(parallel: ParallelConfig) -> None:
             "set it to false; parallel.expert spreads the expert states",
         ),
     ]
+    _refuse(refused)
+
+
+def check_run(config: KDConfig) -> None:
+    """`check_layout`, and the parts of this run that do not work in its layout. Raises ConfigError, before any process
+    group starts.
+    """
+    parallel, student, optimizer = config.parallel, config.student, config.optimizer
+    check_layout(parallel)
+    tensor = f"parallel.tensor={parallel.tensor}"
+    refused = [
+        (
+            student.kv_groups % parallel.tensor != 0,
+            f"{tensor} with student.kv_groups={student.kv_groups} (attention and TPA split whole groups)",
+            "set parallel.tensor to a divisor of it; parallel.expert has no such limit",
+        ),
+        (
+            student.experts % parallel.expert != 0,
+            f"parallel.expert={parallel.expert} with student.experts={student.experts}",
+            "set parallel.expert to a divisor of it",
+        ),
+        (
+            optimizer.normuon is not None and parallel.tensor > 1,
+            f"optimizer.normuon with {tensor} (each rank would orthogonalise its own part of a matrix)",
+            "set parallel.tensor=1 and spread with parallel.expert, or optimizer.normuon=null",
+        ),
+    ]
+    _refuse(refused)
+
+
+def _refuse(refused: list[tuple[bool, str, str]]) -> None:
     for unsupported, what, remedy in refused:
         if unsupported:
             raise ConfigError(f"{what} is not supported", remedy=remedy)
