@@ -44,11 +44,13 @@ def measure_noise(
     broken, unbroken = {}, {}
     for mode, (flag, names) in MODES.items():
         settings = (*own, f"deterministic={flag}", "eval.rows=8")
-        whole, half = (*settings, f"checkpoint.every={steps}"), f"checkpoint.every={steps // 2}"
+        whole = (*settings, f"checkpoint.every={steps}")
+        half = (*settings, f"checkpoint.every={steps // 2}")
         unbroken[mode] = [
-            student_job(work, f"noise/{mode}-{n}", profile, extra, whole) for n in names
+            student_job(work, f"noise/{mode}-{name}", profile, extra, whole, slot)
+            for slot, name in enumerate(names)
         ]
-        broken[mode] = student_job(work, f"noise/{mode}-broken", profile, extra, (*settings, half))
+        broken[mode] = student_job(work, f"noise/{mode}-broken", profile, extra, half, len(names))
     with ThreadPoolExecutor(at_once) as pool:
         limits = {"at_once": 1, "limit_sec": limit_sec}
         runs = [pool.submit(_run_broken, job, work, steps, limit_sec) for job in broken.values()]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from common.config import PROJECT_ROOT, load_config
 from trainer.config import KDConfig
@@ -52,11 +53,12 @@ _POLL_SEC = 0.1
 
 @dataclass(frozen=True)
 class Job:
-    """One run: its folder and the overrides of its config."""
+    """One run: its folder and the overrides of its config. slot: its number among runs that go on at a time."""
 
     config: str
     folder: Path
     overrides: tuple[str, ...]
+    slot: int
 
     @property
     def log(self) -> Path:
@@ -74,19 +76,21 @@ class Job:
 
 
 def student_job(
-    work: Path, name: str, profile: str, extra: Sequence[str], own: Sequence[str]
+    work: Path, name: str, profile: str, extra: Sequence[str], own: Sequence[str], slot: int
 ) -> Job:
     """A run of the curve's student on the dataset and targets under `work`."""
     config, settings = PROFILES[profile]
     data = (f"dataset={work / 'data'}", f"teacher={SLUG}", *(f"budget.{v}" for v in LIMITS))
-    return Job(config, work / name, (*settings, *data, *own, *extra))
+    return Job(config, work / name, (*settings, *data, *own, *extra), slot)
 
 
 def start(job: Job, work: Path) -> subprocess.Popen[bytes]:
-    """The run in a process group of its own; compiled kernels are shared by all runs under `work`."""
+    """The run in a process group of its own, on one GPU, by its slot; compiled kernels are shared under `work`."""
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     caches = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
     environment = {name: str(work / "cache" / folder) for name, folder in caches.items()}
+    if gpus := torch.cuda.device_count():
+        environment["CUDA_VISIBLE_DEVICES"] = str(job.slot % gpus)
     program = [sys.executable, "-c", "from trainer.cli import main; main()"]
     with open(job.log, "ab") as log:
         return subprocess.Popen(

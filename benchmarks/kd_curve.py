@@ -139,12 +139,12 @@ def _teacher_config(given: dict[str, Any]) -> TeacherConfig:
 
 
 @main.command()
-@click.option("--steps", default=240)
+@click.option("--steps", default=200)
 @click.option("--every", default=20, help="Steps between evaluations.")
 @click.option("--eval-rows", default=24, help="Valid rows: whole micro-batches, one shape.")
 @click.option("--seeds", default="0,1,2")
 @click.option("--kd-weight", default=1.0, help="Of the KD arm.")
-@click.option("--at-once", default=3, help="Runs that share the GPU.")
+@click.option("--at-once", default=3, help="Runs at a time, over all GPUs.")
 @click.option("--limit-sec", default=560.0)
 @click.option("--set", "extra", multiple=True, help="KEY=VALUE of every run's config.")
 @click.pass_obj
@@ -167,6 +167,7 @@ def students(
         f"eval.rows={eval_rows}",
         f"checkpoint.every={steps}",
     )
+    names = [(arm, seed) for seed in _numbers(seeds) for arm in ARMS]
     jobs = [
         student_job(
             given["work"],
@@ -174,9 +175,9 @@ def students(
             given["device"],
             extra,
             (*fixed, "checkpoint.keep=1", f"seed={seed}", f"loss.kd_weight={weights[arm]}"),
+            slot,
         )
-        for seed in _numbers(seeds)
-        for arm in ARMS
+        for slot, (arm, seed) in enumerate(names)
     ]
     run_jobs(jobs, given["work"], at_once=at_once, limit_sec=limit_sec)
 
@@ -215,7 +216,7 @@ def plot_command(path: Path, picture: Path) -> None:
 
 @main.command()
 @click.option("--steps", default=24)
-@click.option("--at-once", default=4, help="Runs that share the GPU.")
+@click.option("--at-once", default=4, help="Runs at a time, over all GPUs.")
 @click.option("--limit-sec", default=280.0, help="Of each run.")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "resume_cuda.json")
 @click.option("--set", "extra", multiple=True, help="KEY=VALUE of every run's config.")
@@ -247,10 +248,14 @@ def noise(
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.pass_obj
 def pack(given: dict[str, Any], out: Path) -> None:
-    """Dataset and targets as data.tar in parts of 15 MiB: `cat OUT/data.tar.* | tar x` gives data/ again."""
+    """Dataset, targets and the teacher's provenance as a tar in parts of 15 MiB.
+
+    `cat OUT/data.tar.* | tar x -C WORK` gives a WORK where `students` goes on.
+    """
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         tar.add(given["work"] / "data", "data", filter=_without_work)
+        tar.add(given["work"] / "teacher" / "provenance.json", "teacher/provenance.json")
     whole = buffer.getvalue()
     out.mkdir(parents=True, exist_ok=True)
     for number, start in enumerate(range(0, len(whole), PART_BYTES)):
