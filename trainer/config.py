@@ -214,10 +214,6 @@ class KDConfig(ModelRuntime):
     def _whole_run(self) -> Self:
         rules = [
             (self.init_from is None, "init_from is not in this version; set it to null"),
-            (
-                not self.checkpoint.asynchronous,
-                "checkpoint.asynchronous is not in this version; set it to false",
-            ),
             (self.schedule.warmup < self.steps, "schedule.warmup must be below steps"),
             (self.schedule.min_lr <= self.optimizer.lr, "schedule.min_lr is above optimizer.lr"),
             (

@@ -12,16 +12,16 @@ from trainer.checkpoints import Progress, read_progress, sweep
 from trainer.config import KDConfig
 from trainer.data import Loader, RunData
 from trainer.eval import evaluate
-from trainer.megatron.checkpoint import load_checkpoint, save_checkpoint
+from trainer.megatron.checkpoint import load_checkpoint
+from trainer.megatron.checkpoint_write import CheckpointWriter, SaveReport
 from trainer.megatron.step import Clock, StepReport, Trainer
 from trainer.megatron.topology import Topology, check_run, distributed
+from trainer.provenance import changed_code, provenance, require_same_run
 from trainer.run import (
     RunLog,
     describe_run,
     eval_line,
     peak_memory_gib,
-    provenance,
-    require_same_run,
     run_folder,
     step_line,
     utilisation,
@@ -70,6 +70,12 @@ class KDRun:
         self.provenance = provenance(config, self.data.provenance())
         self.seq_len = self.data.dataset.manifest.seq_len
         self.trainer = Trainer(config, topology, self.seq_len)
+        self.writer = CheckpointWriter(
+            self.checkpoints,
+            self.trainer,
+            keep=config.checkpoint.keep,
+            asynchronous=config.checkpoint.asynchronous,
+        )
 
     def train(self) -> None:
         """The loop."""
@@ -87,13 +93,17 @@ class KDRun:
             rate = learning_rate(config, step)
             report = self.trainer.step(micro_batches, rate, clock)
             done = step + 1
+            if step == start:
+                self.writer.reserve()
+            _note(self.writer.poll(), log)
             if done % config.log.every == 0 or done == config.steps:
                 values = self._values(report, rate, time.perf_counter() - began)
                 log.write(done, values, step_line(done, config.steps, values))
             if _due(done, config.eval.every, config.steps):
                 self._evaluate(done, log)
             if _due(done, config.checkpoint.every, config.steps):
-                self._save(done, stream)
+                _note(self._save(done, stream), log)
+        _note(self.writer.finish(), log)
         loader.close()
         log.close()
 
@@ -110,8 +120,8 @@ class KDRun:
         if stored is None:
             return 0, stream
         load_checkpoint(self.checkpoints, self.trainer)
-        if stored.provenance["git_sha"] != self.provenance["git_sha"]:
-            _LOG.warning("the code is not that of the checkpoint: %s", stored.provenance["git_sha"])
+        for difference in changed_code(stored.provenance, self.provenance):
+            _LOG.warning("%s", difference)
         _LOG.info("going on from step %d of %d", stored.step, self.config.steps)
         return stored.step, stream.resumed(stored.stream)
 
@@ -130,9 +140,9 @@ class KDRun:
         values = evaluate(self.trainer, self.data, self.config)
         log.write(step, values, eval_line(step, values))
 
-    def _save(self, step: int, stream: RowStream) -> None:
+    def _save(self, step: int, stream: RowStream, *, wait: bool = False) -> SaveReport | None:
         progress = Progress(step=step, stream=stream.state(), provenance=self.provenance)
-        save_checkpoint(self.checkpoints, self.trainer, progress, self.config.checkpoint.keep)
+        return self.writer.save(progress, wait=wait)
 
     def _values(self, report: StepReport, rate: float, seconds: float) -> dict[str, float]:
         phases = {f"seconds/{phase}": value for phase, value in report.seconds.items()}
@@ -151,6 +161,11 @@ class KDRun:
             ),
             "memory_gib": peak_memory_gib(self.topology.device),
         }
+
+
+def _note(saved: SaveReport | None, log: RunLog) -> None:
+    if saved is not None:
+        log.write(saved.step, saved.values, saved.line())
 
 
 def _due(step: int, every: int, last: int) -> bool:

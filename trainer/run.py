@@ -21,69 +21,19 @@ import yaml
 
 from common.errors import ResumeError
 from common.files import exclusive_lock, write_bytes, write_json
-from common.provenance import git_sha, package_versions
 from trainer.batch import CLASSES
 from trainer.config import KDConfig
 from trainer.flops import flops_per_token, mfu, peak_bf16_flops
 
-PACKAGES = (
-    "torch",
-    "megatron-core",
-    "transformer-engine",
-    "numpy",
-    "pyarrow",
-    "tiktoken",
-    "oss-harmony",
-)
-# Keys that may change when a run goes on: they shape no weight. `dataset` is held by its fingerprint instead of its
-# path.
-FREE_KEYS = ("run", "dataset", "log", "eval", "checkpoint", "watch", "batch.micro_batch_size")
 _LOCK_WAIT_SEC = 15.0
 _LOG = logging.getLogger(__name__)
-
-
-def provenance(config: KDConfig, data: dict[str, str | None]) -> dict[str, Any]:
-    """What a checkpoint is bound to: config, code, and the fingerprints of its data."""
-    return {
-        "config": config.resolved(),
-        "config_hash": config.digest(),
-        "git_sha": git_sha(),
-        "data": data,
-    }
-
-
-def require_same_run(stored: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """ResumeError with every difference in data and config (but for FREE_KEYS) between a checkpoint and this run."""
-    differences = [
-        f"{name} {key}: checkpoint {before!r}, this run {now!r}"
-        for name in ("config", "data")
-        for key, (before, now) in sorted(_differences(stored[name], wanted[name]).items())
-        if not (
-            name == "config"
-            and any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
-        )
-    ]
-    if differences:
-        raise ResumeError(
-            "the checkpoint is of another run:\n  " + "\n  ".join(differences) + "\n",
-            remedy="give the run another folder (run=...), or resume with the config and data of the checkpoint",
-        )
-
-
-def _differences(stored: Any, wanted: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    if isinstance(stored, dict) and isinstance(wanted, dict):
-        found: dict[str, tuple[Any, Any]] = {}
-        for key in stored.keys() | wanted.keys():
-            found |= _differences(stored.get(key), wanted.get(key), f"{prefix}{key}.")
-        return found
-    return {} if stored == wanted else {prefix.rstrip("."): (stored, wanted)}
 
 
 @contextlib.contextmanager
 def run_folder(folder: Path, rank: int) -> Iterator[None]:
     """Hold the run's lock on rank 0 for the block.
 
-    Waits a little for it: writers forked by a run that was killed while saving hold its lock until they end.
+    Waits a little for it: a process that was killed holds its lock until the kernel has taken its memory back.
     """
     if rank:
         yield
@@ -107,11 +57,8 @@ def describe_run(
     """Write config.yaml and run.json."""
     resolved = yaml.safe_dump(config.resolved(), sort_keys=False, allow_unicode=True)
     write_bytes(folder / "config.yaml", resolved.encode())
-    described = {"versions": package_versions(PACKAGES), "layout": layout}
-    write_json(
-        folder / "run.json",
-        described | {key: of_run[key] for key in ("git_sha", "config_hash", "data")},
-    )
+    kept = {key: of_run[key] for key in ("git_sha", "config_hash", "data", "init_from")}
+    write_json(folder / "run.json", {"versions": of_run["packages"], "layout": layout} | kept)
 
 
 class RunLog:

@@ -18,7 +18,7 @@ TENSOR = {"tensor": 2, "expert": 2, "sequence_parallel": True}
 def _trained(_rank: int, folder: str, changes: dict[str, Any], steps: list[int]) -> dict:
     """Train the tiny student, with a checkpoint after each of `steps`; what its weights exactly are at the end."""
     from trainer.checkpoints import Progress
-    from trainer.megatron.checkpoint import save_checkpoint
+    from trainer.megatron.checkpoint_write import CheckpointWriter
     from trainer.megatron.step import Trainer
     from trainer.megatron.topology import distributed
 
@@ -26,11 +26,12 @@ def _trained(_rank: int, folder: str, changes: dict[str, Any], steps: list[int])
     with distributed("cpu", config.parallel, seed=1, deterministic=True) as topology:
         trainer = Trainer(config, topology, SEQ_LEN)
         rows = tiny_rows(8)[topology.dp_rank * 8 // topology.dp_size :][: 8 // topology.dp_size]
+        writer = CheckpointWriter(Path(folder), trainer, keep=len(steps), asynchronous=False)
         for done in range(1, max(steps) + 1):
             step(trainer, micro_batches(rows, 2), 1e-2)
             if done in steps:
                 progress = Progress(step=done, stream={}, provenance={})
-                save_checkpoint(Path(folder), trainer, progress, keep=len(steps))
+                writer.save(progress)
         return exact(trainer.student, topology)
 
 

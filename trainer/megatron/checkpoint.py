@@ -1,4 +1,4 @@
-"""Checkpoints of a run in Megatron's torch_dist format: written atomically, read on any layout.
+"""The whole state of a trainer as a checkpoint holds it, and its way back, in Megatron's torch_dist format.
 
 Weights and optimizer state are stored by global shape, so another number of data-parallel ranks reads them. Random
 states belong to ranks and are taken over on the same layout only; no training step draws a number (dropout is 0).
@@ -6,56 +6,38 @@ states belong to ranks and are taken over on the same layout only; no training s
 
 from __future__ import annotations
 
-import queue
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from torch.distributed.checkpoint.api import CheckpointException
-
-from common.errors import ResumeError
-from common.files import TMP_PREFIX
-from trainer.checkpoints import (
-    Progress,
-    commit,
-    find_checkpoint,
-    read_checkpoint,
-    unfinished_folder,
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    is_main_replica,
 )
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from trainer.checkpoints import Progress, find_checkpoint, read_checkpoint
 from trainer.megatron.step import Trainer
 from trainer.megatron.topology import Topology
 
 
-def save_checkpoint(folder: Path, trainer: Trainer, progress: Progress, keep: int) -> None:
-    """Write step-N, move `latest` to it, drop all but the newest `keep`. Every rank calls it.
+def saved_state(trainer: Trainer) -> dict[str, Any]:
+    """What a checkpoint holds, as Megatron's sharded state dict: it refers to the tensors and copies none."""
+    return _state(trainer, loading=False, with_random=True)
 
-    A kill at any moment leaves `latest` on a complete checkpoint.
-    """
-    topology = trainer.topology
-    unfinished = unfinished_folder(folder, progress.step)
-    if topology.rank == 0:
-        unfinished.mkdir(parents=True)
-    topology.barrier()
-    _write_in_this_process()
-    try:
-        dist_checkpointing.save(
-            _state(trainer, loading=False, with_random=True),
-            str(unfinished),
-            sharded_strategy=("torch_dist", 1),
-        )
-    except (OSError, RuntimeError, CheckpointException) as error:
-        raise _unwritten(unfinished, error) from error
-    topology.barrier()
-    if topology.rank == 0:
-        commit(folder, progress, topology.layout(), keep)
-    topology.barrier()
+
+def main_tensors(state: dict[str, Any]) -> list[torch.Tensor]:
+    """The tensors of a sharded state dict that this rank writes: of replicas, one rank writes."""
+    return [
+        tensor.data
+        for tensor in nested_values(state)
+        if isinstance(tensor, ShardedTensor) and is_main_replica(tensor.replica_id)
+    ]
 
 
 def load_checkpoint(folder: Path, trainer: Trainer) -> Progress:
@@ -73,28 +55,6 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> Progress:
     if same_layout:
         _set_random_state(loaded["random"])
     return progress
-
-
-def _unwritten(unfinished: Path, error: BaseException) -> ResumeError:
-    """A full disk reaches us as a writer's RuntimeError ("unexpected pos"), so the free space is told with it."""
-    free_bytes = shutil.disk_usage(unfinished).free
-    shutil.rmtree(unfinished, ignore_errors=True)
-    cause = str(error).strip().splitlines()[-1]
-    return ResumeError(
-        f"checkpoint {unfinished.name.removeprefix(TMP_PREFIX)} could not be written to {unfinished.parent}: {cause}",
-        got=f"{free_bytes / 2**30:.1f} GiB free at that moment",
-        remedy="make room or lower checkpoint.keep, then run the same command: it goes on from the newest checkpoint",
-    )
-
-
-def _write_in_this_process() -> None:
-    """Give Megatron's writer a queue of this process.
-
-    It would spawn a manager process for it (dist_checkpointing/strategies/filesystem_async.py:55): seconds at the first
-    save, and an orphan after every kill. A synchronous save puts and gets in one process.
-    """
-    if filesystem_async._results_queue is None:
-        filesystem_async._results_queue = queue.Queue()
 
 
 def _state(trainer: Trainer, *, loading: bool, with_random: bool) -> dict[str, Any]:

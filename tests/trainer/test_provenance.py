@@ -1,0 +1,68 @@
+"""A resume of another run is refused with a table of what differs; other code and packages are named."""
+
+from __future__ import annotations
+
+import pytest
+
+from common.errors import ResumeError
+from tests.trainer.megatron.tiny import STUDENT, tiny_config
+from trainer.provenance import changed_code, provenance, provenance_hash, require_same_run
+
+DATA = {"dataset": "d1", "tokenizer": "t", "targets": None}
+
+
+def test_a_resume_may_change_what_shapes_no_weight() -> None:
+    stored = provenance(tiny_config(), DATA)
+    free = {
+        "run": "elsewhere",
+        "log": {"every": 5},
+        "eval": {"every": 3},
+        "checkpoint": {"every": 1, "asynchronous": True},
+    }
+    require_same_run(stored, provenance(tiny_config(**free), DATA))
+    require_same_run(
+        stored,
+        provenance(tiny_config(batch={"global_batch_size": 8, "micro_batch_size": 4}), DATA),
+    )
+
+
+def test_another_run_is_refused_with_a_table() -> None:
+    wanted = provenance(
+        tiny_config(
+            steps=21,
+            optimizer={"lr": 0.5, "clip": 1e6},
+            student=STUDENT | {"layers": 8},
+            init_from=None,
+        ),
+        DATA | {"dataset": "d2", "targets": "a" * 64},
+    )
+    with pytest.raises(ResumeError) as error:
+        require_same_run(provenance(tiny_config(run="runs/one"), DATA), wanted)
+    assert str(error.value).startswith(
+        """the checkpoint is of another run:
+
+                    checkpoint  this run
+  config
+    optimizer.lr    0.01        0.5
+    steps           20          21
+  student
+    student.layers  4           8
+  data
+    dataset         d1          d2
+    targets         null        """
+        + "a" * 37
+        + "..."
+    )
+    assert "init_from.run=runs/one" in str(error.value)
+    assert "Free to change: run, dataset, log" in str(error.value)
+
+
+def test_other_packages_and_code_are_named() -> None:
+    stored = provenance(tiny_config(), DATA)
+    assert changed_code(stored, stored) == []
+    before = stored | {"packages": stored["packages"] | {"torch": "1.0"}, "git_sha": "abc"}
+    assert changed_code(before, stored) == [
+        f"torch is {stored['packages']['torch']}, the checkpoint's is 1.0",
+        f"the code is {stored['git_sha']}, the checkpoint's is abc",
+    ]
+    assert provenance_hash(before) != provenance_hash(stored)

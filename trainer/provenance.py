@@ -1,0 +1,104 @@
+"""What a checkpoint is bound to, and what differs between it and a run that would go on from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from common.errors import ResumeError
+from common.files import canonical_json, sha256_bytes
+from common.provenance import git_sha, package_versions
+from trainer.config import KDConfig
+
+PACKAGES = (
+    "torch",
+    "megatron-core",
+    "transformer-engine",
+    "numpy",
+    "pyarrow",
+    "tiktoken",
+    "oss-harmony",
+)
+# Keys that may change when a run goes on: they shape no weight. `dataset` is held by its fingerprint instead of its
+# path.
+FREE_KEYS = ("run", "dataset", "log", "eval", "checkpoint", "watch", "batch.micro_batch_size")
+_WIDEST = 40
+_Differences = dict[str, tuple[Any, Any]]
+
+
+def provenance(config: KDConfig, data: dict[str, str | None]) -> dict[str, Any]:
+    """Of a run: config, code, packages, the fingerprints of its data. init_from: null until weights were taken."""
+    return {
+        "config": config.resolved(),
+        "config_hash": config.digest(),
+        "git_sha": git_sha(),
+        "packages": package_versions(PACKAGES),
+        "data": data,
+        "init_from": None,
+    }
+
+
+def provenance_hash(of_run: dict[str, Any]) -> str:
+    """One name for a provenance: sha256 of its canonical JSON."""
+    return sha256_bytes(canonical_json(of_run))
+
+
+def require_same_run(stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """ResumeError with a table of every difference in config (but for FREE_KEYS), student and data."""
+    config = {
+        key: values
+        for key, values in _differences(stored["config"], wanted["config"]).items()
+        if not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+    }
+    groups = {
+        "config": {key: v for key, v in config.items() if not key.startswith("student.")},
+        "student": {key: v for key, v in config.items() if key.startswith("student.")},
+        "data": _differences(stored["data"], wanted["data"]),
+    }
+    if any(groups.values()):
+        raise ResumeError(
+            "the checkpoint is of another run:\n\n" + _table(groups) + "\n\n",
+            remedy="resume with the values of the checkpoint, or start a new run (run=FOLDER), from these weights "
+            f"alone by init_from.run={stored['config'].get('run')}. Free to change: {', '.join(FREE_KEYS)}",
+        )
+
+
+def changed_code(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """What differs in code: each package by name, and the commit. A resume warns of it and goes on."""
+    packages = _differences(stored["packages"], wanted["packages"])
+    lines = [
+        f"{name} is {now}, the checkpoint's is {was}"
+        for name, (was, now) in sorted(packages.items())
+    ]
+    if stored["git_sha"] != wanted["git_sha"]:
+        lines.append(f"the code is {wanted['git_sha']}, the checkpoint's is {stored['git_sha']}")
+    return lines
+
+
+def _differences(stored: Any, wanted: Any, prefix: str = "") -> _Differences:
+    if isinstance(stored, dict) and isinstance(wanted, dict):
+        found: _Differences = {}
+        for key in stored.keys() | wanted.keys():
+            found |= _differences(stored.get(key), wanted.get(key), f"{prefix}{key}.")
+        return found
+    return {} if stored == wanted else {prefix.rstrip("."): (stored, wanted)}
+
+
+def _table(groups: dict[str, _Differences]) -> str:
+    rows = [("", "checkpoint", "this run")]
+    for group, found in groups.items():
+        if found:
+            rows.append((group, "", ""))
+            rows += [
+                (f"  {key}", _shown(was), _shown(now)) for key, (was, now) in sorted(found.items())
+            ]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return "\n".join(
+        f"  {key:<{widths[0]}}  {was:<{widths[1]}}  {now}".rstrip() for key, was, now in rows
+    )
+
+
+def _shown(value: Any) -> str:
+    """As in a config file; a hash by its start."""
+    plain = {None: "null", True: "true", False: "false"}
+    text = plain[value] if value is None or isinstance(value, bool) else str(value)
+    return text if len(text) <= _WIDEST else f"{text[: _WIDEST - 3]}..."
