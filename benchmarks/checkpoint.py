@@ -1,0 +1,188 @@
+"""Checkpoints of a student: save, asynchronous save, load, against the raw speed of the same folder.
+
+    python -m benchmarks.checkpoint configs/base.yaml parallel.expert=1 --folder /scratch/ckpt --name one-h200
+    torchrun --nproc-per-node 2 -m benchmarks.checkpoint configs/base.yaml parallel.expert=2 --folder /scratch/ckpt
+    python -m benchmarks.checkpoint configs/demo.yaml --folder /tmp/ckpt
+
+Needs no dataset: the state is that of a fresh student with its optimizer's moments. Needs room for one checkpoint in the
+folder and, for the asynchronous saves, in host memory. Files are dropped from the page cache before they are read.
+floor_sec: bytes by the speed of one thread that writes (reads) one large file there in the same run. Writes
+benchmarks/results/checkpoint-NAME.json on rank 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common.config import load_config
+from common.files import write_json
+from common.provenance import git_sha, package_versions
+from trainer.checkpoints import Progress, find_checkpoint
+from trainer.config import KDConfig
+
+RESULTS = Path(__file__).parent / "results"
+SEQ_LEN = 2048
+GIB = 2**30
+_CHUNK = bytes(64 << 20)
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--folder", type=Path, required=True, help="on the disk to measure")
+    parser.add_argument("--raw-gib", type=float, default=8.0, help="size of the raw file")
+    parser.add_argument("--no-asynchronous", action="store_true", help="too little host memory")
+    parser.add_argument("--name", default="", help="of the result file; not written without one")
+    arguments = parser.parse_intermixed_args()
+    config = load_config(KDConfig, arguments.config, tuple(arguments.overrides))
+    figures, rank = measure(
+        config, arguments.folder, arguments.raw_gib, asynchronous=not arguments.no_asynchronous
+    )
+    if rank:
+        return
+    report = {
+        "what": (__doc__ or "").splitlines()[0],
+        "command": " ".join(["benchmarks.checkpoint", str(arguments.config), *arguments.overrides]),
+        "date": datetime.date.today().isoformat(),
+        "versions": package_versions(("torch", "megatron-core")),
+        "git_sha": git_sha(),
+    } | figures
+    for key, value in report.items():
+        print(f"{key}: {value}", flush=True)
+    if arguments.name:
+        write_json(RESULTS / f"checkpoint-{arguments.name}.json", report)
+
+
+def measure(
+    config: KDConfig, folder: Path, raw_gib: float, *, asynchronous: bool
+) -> tuple[dict[str, Any], int]:
+    """The figures, and this process's rank."""
+    from trainer.megatron.checkpoint import initialized_state, load_checkpoint
+    from trainer.megatron.step import Trainer
+    from trainer.megatron.topology import distributed
+    from trainer.megatron.weights import load_weights
+
+    with distributed(config.device, config.parallel, config.seed) as topology:
+        trainer = Trainer(config, topology, SEQ_LEN)
+        initialized_state(trainer)
+        before = _fingerprint(trainer.student)
+        raw = raw_speed(folder, int(raw_gib * GIB)) if topology.rank == 0 else {}
+        topology.barrier()
+        figures: dict[str, Any] = {"layout": topology.layout(), "raw_bytes_per_sec": raw}
+        figures["save"] = _saves(trainer, folder, asynchronous=False)
+        if asynchronous:
+            figures["asynchronous_save"] = _saves(trainer, folder, asynchronous=True)
+        for name, load in (
+            ("load", lambda: load_checkpoint(folder, trainer)),
+            ("load_weights", lambda: load_weights(folder, trainer.student)),
+        ):
+            _clear(trainer.student)
+            _drop_from_cache(folder, topology)
+            figures[name] = {"seconds": _timed(load, topology)}
+            figures[name]["weights_equal"] = _fingerprint(trainer.student) == before
+        if topology.rank == 0:
+            shutil.rmtree(folder)
+            _with_floors(figures)
+        topology.barrier()
+        return figures, topology.rank
+
+
+def _saves(trainer: Any, folder: Path, *, asynchronous: bool) -> dict[str, Any]:
+    """Two saves in turn, the first with whatever is made once; only the newest is kept on disk."""
+    from trainer.megatron.checkpoint_write import CheckpointWriter
+
+    writer = CheckpointWriter(folder, trainer, keep=1, asynchronous=asynchronous)
+    found: dict[str, Any] = {"reserve_sec": _timed(writer.reserve, trainer.topology)}
+    for name in ("first", "second"):
+        if trainer.topology.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        trainer.topology.barrier()
+        # A save that nothing waits for returns at once; `finish` here would count as standing still.
+        saved = writer.save(Progress(step=1, stream={}, provenance={}))
+        while saved is None:
+            time.sleep(0.05)
+            saved = writer.poll()
+        found[name] = {key.removeprefix("checkpoint/"): value for key, value in saved.values.items()}
+    return found
+
+
+def raw_speed(folder: Path, num_bytes: int) -> dict[str, float]:
+    """Bytes a second of one thread that writes, then reads, one file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, chunks = folder / "raw", max(1, num_bytes // len(_CHUNK))
+    began = time.perf_counter()
+    with open(path, "wb", buffering=0) as file:
+        for _ in range(chunks):
+            file.write(_CHUNK)
+        os.fsync(file.fileno())
+    write = time.perf_counter() - began
+    _forget(path)
+    began = time.perf_counter()
+    with open(path, "rb", buffering=0) as file:
+        while file.readinto(memoryview(bytearray(len(_CHUNK)))):
+            pass
+    read = time.perf_counter() - began
+    path.unlink()
+    return {"write": chunks * len(_CHUNK) / write, "read": chunks * len(_CHUNK) / read}
+
+
+def _with_floors(figures: dict[str, Any]) -> None:
+    raw = figures["raw_bytes_per_sec"]
+    size = figures["save"]["first"]["bytes"]
+    for name in ("save", "asynchronous_save"):
+        for saved in (figures[name][key] for key in ("first", "second") if name in figures):
+            saved["gb_per_sec"] = size / saved["write_sec"] / 1e9
+            saved["floor_sec"] = size / raw["write"]
+    figures["load"] |= {
+        "gb_per_sec": size / figures["load"]["seconds"] / 1e9,
+        "floor_sec": size / raw["read"],
+    }
+
+
+def _timed(work: Callable[[], Any], topology: Any) -> float:
+    import torch
+
+    topology.barrier()
+    began = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    topology.barrier()
+    return time.perf_counter() - began
+
+
+def _drop_from_cache(folder: Path, topology: Any) -> None:
+    if topology.rank == 0:
+        for path in find_checkpoint(folder).iterdir():
+            _forget(path)
+    topology.barrier()
+
+
+def _forget(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+
+
+def _fingerprint(student: Any) -> list[float]:
+    return [float(p.detach().double().square().sum()) for p in student.parameters()]
+
+
+def _clear(student: Any) -> None:
+    for parameter in student.parameters():
+        parameter.data.zero_()
+        if hasattr(parameter, "main_param"):
+            parameter.main_param.data.zero_()
+
+
+if __name__ == "__main__":
+    main()
