@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 2 -m benchmarks.checkpoint configs/base.yaml parallel.expert=2 --folder /scratch/ckpt
     python -m benchmarks.checkpoint configs/demo.yaml --folder /tmp/ckpt
 
-Needs no dataset: the state is that of a fresh student with its optimizer's moments. Needs room for one checkpoint in the
-folder and, for the asynchronous saves, in host memory. Files are dropped from the page cache before they are read.
+Needs no dataset: the state is that of a fresh student with its optimizer's moments. Needs room for one checkpoint in
+the folder and, for the asynchronous saves, in host memory. Files are dropped from the page cache before they are read.
 floor_sec: bytes by the speed of one thread that writes (reads) one large file there in the same run. Writes
 benchmarks/results/checkpoint-NAME.json on rank 0.
 """
@@ -66,14 +66,14 @@ def measure(
     config: KDConfig, folder: Path, raw_gib: float, *, asynchronous: bool
 ) -> tuple[dict[str, Any], int]:
     """The figures, and this process's rank."""
-    from trainer.megatron.checkpoint import initialized_state, load_checkpoint
+    from trainer.megatron.checkpoint import load_checkpoint
     from trainer.megatron.step import Trainer
     from trainer.megatron.topology import distributed
     from trainer.megatron.weights import load_weights
 
     with distributed(config.device, config.parallel, config.seed) as topology:
         trainer = Trainer(config, topology, SEQ_LEN)
-        initialized_state(trainer)
+        _make_moments(trainer)
         before = _fingerprint(trainer.student)
         raw = raw_speed(folder, int(raw_gib * GIB)) if topology.rank == 0 else {}
         topology.barrier()
@@ -96,6 +96,16 @@ def measure(
         return figures, topology.rank
 
 
+def _make_moments(trainer: Any) -> None:
+    """An update that changes nothing, after which the optimizer has all its states."""
+    trainer.model.zero_grad_buffer()
+    trainer.optimizer.zero_grad()
+    trainer.optimizer.prepare_grads()
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = group["weight_decay"] = 0.0
+    trainer.optimizer.step_with_ready_grads()
+
+
 def _saves(trainer: Any, folder: Path, *, asynchronous: bool) -> dict[str, Any]:
     """Two saves in turn, the first with whatever is made once; only the newest is kept on disk."""
     from trainer.megatron.checkpoint_write import CheckpointWriter
@@ -112,7 +122,9 @@ def _saves(trainer: Any, folder: Path, *, asynchronous: bool) -> dict[str, Any]:
         while saved is None:
             time.sleep(0.05)
             saved = writer.poll()
-        found[name] = {key.removeprefix("checkpoint/"): value for key, value in saved.values.items()}
+        found[name] = {
+            key.removeprefix("checkpoint/"): value for key, value in saved.values.items()
+        }
     return found
 
 

@@ -213,7 +213,6 @@ class KDConfig(ModelRuntime):
     @model_validator(mode="after")
     def _whole_run(self) -> Self:
         rules = [
-            (self.init_from is None, "init_from is not in this version; set it to null"),
             (self.schedule.warmup < self.steps, "schedule.warmup must be below steps"),
             (self.schedule.min_lr <= self.optimizer.lr, "schedule.min_lr is above optimizer.lr"),
             (

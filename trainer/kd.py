@@ -8,15 +8,16 @@ from pathlib import Path
 
 from common.files import write_json
 from datastore.stream import RowStream
-from trainer.checkpoints import Progress, read_progress, sweep
+from trainer.checkpoints import Progress, sweep
 from trainer.config import KDConfig
 from trainer.data import Loader, RunData
 from trainer.eval import evaluate
-from trainer.megatron.checkpoint import load_checkpoint
 from trainer.megatron.checkpoint_write import CheckpointWriter, SaveReport
+from trainer.megatron.start import resume, stored_progress, take_from
 from trainer.megatron.step import Clock, StepReport, Trainer
 from trainer.megatron.topology import Topology, check_run, distributed
-from trainer.provenance import changed_code, provenance, require_same_run
+from trainer.megatron.weights import load_weights
+from trainer.provenance import provenance, require_same_run
 from trainer.run import (
     RunLog,
     describe_run,
@@ -50,7 +51,7 @@ def run_eval(config: KDConfig) -> dict[str, float]:
         config.device, config.parallel, config.seed, deterministic=config.deterministic
     ) as topology:
         run = KDRun(config, topology)
-        progress = load_checkpoint(run.checkpoints, run.trainer)
+        progress = load_weights(run.checkpoints, run.trainer.student)
         require_same_run(progress.provenance, run.provenance)
         values = evaluate(run.trainer, run.data, config)
         if topology.rank == 0:
@@ -68,6 +69,7 @@ class KDRun:
         self.checkpoints = self.folder / "checkpoints"
         self.data = RunData.open(config)
         self.provenance = provenance(config, self.data.provenance())
+        self.load_sec: float | None = None
         self.seq_len = self.data.dataset.manifest.seq_len
         self.trainer = Trainer(config, topology, self.seq_len)
         self.writer = CheckpointWriter(
@@ -83,6 +85,9 @@ class KDRun:
         start, stream = self._start()
         loader = self._loader(stream)
         log = RunLog(self.folder, self.topology.rank, resumed_step=start)
+        if self.load_sec is not None:
+            line = f"loaded in {self.load_sec:.1f} s, going on from step {start} of {config.steps}"
+            log.write(start, {"checkpoint/load_sec": self.load_sec}, line)
         if start == 0 and config.eval.every:
             self._evaluate(0, log)
         for step in range(start, config.steps):
@@ -108,21 +113,29 @@ class KDRun:
         log.close()
 
     def _start(self) -> tuple[int, RowStream]:
-        """Steps done and the stream: from the newest checkpoint when there is one of this very run."""
-        stored, stream = read_progress(self.checkpoints), self.data.stream(self.config)
-        if stored is not None:
-            require_same_run(stored.provenance, self.provenance)
+        """Steps done and the stream: from the newest checkpoint when there is one of this very run.
+
+        A run that takes weights from another does so once, before its first step: its own checkpoints say from where.
+        """
+        stored, stream = (
+            stored_progress(self.checkpoints, self.provenance),
+            self.data.stream(self.config),
+        )
         if self.topology.rank == 0:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             sweep(self.checkpoints)
-            describe_run(self.folder, self.config, self.provenance, self.topology.layout())
         self.topology.barrier()
+        if stored is not None:
+            self.provenance["init_from"] = stored.provenance["init_from"]
+        elif self.config.init_from is not None:
+            self.provenance["init_from"] = take_from(
+                self.config.init_from, self.trainer, self.provenance, self.folder
+            )
+        if self.topology.rank == 0:
+            describe_run(self.folder, self.config, self.provenance, self.topology.layout())
         if stored is None:
             return 0, stream
-        load_checkpoint(self.checkpoints, self.trainer)
-        for difference in changed_code(stored.provenance, self.provenance):
-            _LOG.warning("%s", difference)
-        _LOG.info("going on from step %d of %d", stored.step, self.config.steps)
+        _, self.load_sec = resume(self.checkpoints, self.trainer)
         return stored.step, stream.resumed(stored.stream)
 
     def _loader(self, stream: RowStream) -> Loader:

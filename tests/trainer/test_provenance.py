@@ -30,7 +30,7 @@ def test_another_run_is_refused_with_a_table() -> None:
     wanted = provenance(
         tiny_config(
             steps=21,
-            optimizer={"lr": 0.5, "clip": 1e6},
+            optimizer=tiny_config().optimizer.resolved() | {"lr": 0.5},
             student=STUDENT | {"layers": 8},
             init_from=None,
         ),
