@@ -113,11 +113,12 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 def run_jobs(jobs: Sequence[Job], work: Path, *, at_once: int, limit_sec: float) -> None:
     """Every job that is not done yet; the checkpoints of a finished one go, as they are large.
 
-    Raises ClickException with the end of its log when a run fails, and when the time is over; run again, what was
-    finished stays.
+    Raises ClickException when the time is over, and with the end of its log when a run failed, once the others have
+    ended; run again, what was finished stays.
     """
     waiting = [job for job in jobs if not job.is_done()]
     running: dict[subprocess.Popen[bytes], Job] = {}
+    failed: list[Job] = []
     end = time.monotonic() + limit_sec
     try:
         while waiting or running:
@@ -127,17 +128,21 @@ def run_jobs(jobs: Sequence[Job], work: Path, *, at_once: int, limit_sec: float)
                 running[start(job, work)] = job
             time.sleep(_POLL_SEC)
             for process in [process for process in running if process.poll() is not None]:
-                _settle(process, running.pop(process))
+                _settle(process, running.pop(process), failed)
             if time.monotonic() > end:
                 raise click.ClickException(f"{limit_sec:.0f} s are over; run it again to go on")
     finally:
         for process in running:
             stop(process)
+    if failed:
+        raise failure(failed[0])
 
 
-def _settle(process: subprocess.Popen[bytes], job: Job) -> None:
+def _settle(process: subprocess.Popen[bytes], job: Job, failed: list[Job]) -> None:
     if process.returncode:
-        raise failure(job)
+        print(f"failed {job.folder.name} (exit {process.returncode})", flush=True)
+        failed.append(job)
+        return
     shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
     last = evaluations(job.folder)[-1]
     print(f"finished {job.folder.name}: valid CE {overall(last, 'ce'):.4f}", flush=True)
