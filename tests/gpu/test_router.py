@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.trainer.megatron.router_product import product_errors
+from tests.trainer.megatron.expert_errors import product_errors
 
 pytestmark = [
     pytest.mark.gpu,

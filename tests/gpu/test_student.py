@@ -10,6 +10,8 @@ import sys
 import pytest
 import torch
 
+from tests.trainer.megatron.expert_errors import grouped_errors
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -70,23 +72,5 @@ def test_steps_lower_the_loss(name) -> None:
 
 
 def test_grouped_experts_equal_the_loop() -> None:
-    """bf16 products of both forms, biases and empty experts included; the loop in fp32 is the reference."""
-    from trainer.megatron.experts import _grouped, _loop
-
-    E, D, F = 8, 128, 64
-    rows_E = torch.tensor([70, 0, 33, 1, 128, 0, 7, 17])
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(int(rows_E.sum()), D), (E, F, D), (E, F), (E, D, F), (E, D)]
-    start = [torch.randn(s, generator=generator).to("cuda", torch.bfloat16) * 0.3 for s in shapes]
-    weigh = torch.randn(shapes[0], generator=generator).cuda()
-    results = []
-    for compute, dtype in ((_grouped, torch.bfloat16), (_loop, torch.float32)):
-        x, *parameters = (t.to(dtype).requires_grad_() for t in start)
-        out = compute(x, rows_E, *parameters)
-        grads = torch.autograd.grad((out.float() * weigh).sum(), [x, *parameters])
-        results.append([t.float() for t in (out, *grads)])
-    names = ["out", "x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"]
-    for name, got, expected in zip(names, *results, strict=True):
-        assert (got - expected).norm() < 2e-2 * expected.norm(), name
-        if name not in ("out", "x"):
-            assert got[1].abs().max() == 0, f"{name} of an expert without rows"
+    for name, error in grouped_errors("cuda").items():
+        assert error < 1, name

@@ -25,7 +25,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 Compute = Literal["grouped_mm", "loop"]
-_SUM_LANES = 8  # grouped_mm wants 16-byte rows: eight bf16 columns of ones carry a column sum
+_LANES = 8  # grouped_mm wants 16-byte rows: a column more is eight bf16 columns more
 
 
 class RoutedExperts(MegatronModule):
@@ -59,10 +59,8 @@ class RoutedExperts(MegatronModule):
         self, x_ND: torch.Tensor, rows_E: torch.Tensor, gate_N: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
         """Rows sorted by expert, rows_E of them for each; returns the gated outputs [N, D] and no bias."""
-        y_ND = self.compute(
-            x_ND, rows_E, self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias
-        )
-        return (y_ND * gate_N.unsqueeze(-1)).to(x_ND.dtype), None
+        parameters = (self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
+        return self.compute(x_ND, rows_E, gate_N, *parameters), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -112,6 +110,7 @@ def relu_squared(x: torch.Tensor) -> torch.Tensor:
 def _loop(
     x_ND: torch.Tensor,
     rows_E: torch.Tensor,
+    gate_N: torch.Tensor,
     fc1_EFD: torch.Tensor,
     bias1_EF: torch.Tensor,
     fc2_EDF: torch.Tensor,
@@ -122,17 +121,19 @@ def _loop(
         fc1_EFD.unbind(0), bias1_EF.unbind(0), fc2_EDF.unbind(0), bias2_ED.unbind(0), strict=True
     )
     linear = torch.nn.functional.linear
-    return torch.cat(
+    y_ND = torch.cat(
         [
             linear(relu_squared(linear(part, w1, b1)), w2, b2)
             for part, (w1, b1, w2, b2) in zip(parts, weights, strict=True)
         ]
     )
+    return (y_ND * gate_N.unsqueeze(-1)).to(x_ND.dtype)
 
 
 def _grouped(
     x_ND: torch.Tensor,
     rows_E: torch.Tensor,
+    gate_N: torch.Tensor,
     fc1_EFD: torch.Tensor,
     bias1_EF: torch.Tensor,
     fc2_EDF: torch.Tensor,
@@ -145,12 +146,58 @@ def _grouped(
     hidden_NF = _AddExpertBias.apply(
         grouped_mm(x_ND, fc1_EFD.transpose(1, 2), offs=ends_E), bias1_EF, expert_N, ends_E
     )
-    return _AddExpertBias.apply(
-        grouped_mm(relu_squared(hidden_NF), fc2_EDF.transpose(1, 2), offs=ends_E),
-        bias2_ED,
-        expert_N,
-        ends_E,
-    )
+    return _GatedProduct.apply(relu_squared(hidden_NF), gate_N, fc2_EDF, bias2_ED, ends_E)
+
+
+class _GatedProduct(torch.autograd.Function):
+    """gate (W2 h + b2) as one product: [gate h, gate] [W2, b2]'. The gate multiplies rows of width F, not D, and the
+    bias and all gradients come out of the products: no pass over [N, D] beside them. The gate's column is its bf16
+    rounding and the rest (error 2^-17); the columns of W2 and b2 are joined again in the backward pass, not kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h_NF: torch.Tensor,
+        gate_N: torch.Tensor,
+        fc2_EDF: torch.Tensor,
+        bias2_ED: torch.Tensor,
+        ends_E: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(h_NF, gate_N, fc2_EDF, bias2_ED, ends_E)
+        joined_EDG = _join_bias(fc2_EDF, bias2_ED)
+        return torch.nn.functional.grouped_mm(
+            _join_gate(h_NF, gate_N), joined_EDG.transpose(1, 2), offs=ends_E
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        h_NF, gate_N, fc2_EDF, bias2_ED, ends_E = ctx.saved_tensors
+        grad_ND, F = grad_ND.contiguous(), h_NF.shape[1]
+        grouped_mm = torch.nn.functional.grouped_mm
+        row_NG = grouped_mm(grad_ND, _join_bias(fc2_EDF, bias2_ED), offs=ends_E)
+        joined_EDG = grouped_mm(grad_ND.t(), _join_gate(h_NF, gate_N), offs=ends_E)
+        inner_NF = row_NG[:, :F].to(gate_N.dtype)
+        gate_grad_N = (inner_NF * h_NF).sum(dim=1) + row_NG[:, F]
+        h_grad_NF = (inner_NF * gate_N.unsqueeze(1)).to(h_NF.dtype)
+        bias_grad_ED = joined_EDG[:, :, F] + joined_EDG[:, :, F + 1]
+        return h_grad_NF, gate_grad_N, joined_EDG[:, :, :F].contiguous(), bias_grad_ED, None
+
+
+def _join_gate(h_NF: torch.Tensor, gate_N: torch.Tensor) -> torch.Tensor:
+    """[gate h, high part of gate, low part, zeros], F + 8 columns of h's dtype."""
+    joined_NG = h_NF.new_zeros(h_NF.shape[0], h_NF.shape[1] + _LANES)
+    F, high_N = h_NF.shape[1], gate_N.to(h_NF.dtype)
+    torch.mul(h_NF, gate_N.unsqueeze(1), out=joined_NG[:, :F])
+    joined_NG[:, F], joined_NG[:, F + 1] = high_N, gate_N - high_N
+    return joined_NG
+
+
+def _join_bias(fc2_EDF: torch.Tensor, bias2_ED: torch.Tensor) -> torch.Tensor:
+    """[W2, b2, b2, zeros], F + 8 columns."""
+    zeros_EDG = fc2_EDF.new_zeros(*bias2_ED.shape, _LANES - 2)
+    bias_ED1 = bias2_ED.unsqueeze(2)
+    return torch.cat([fc2_EDF, bias_ED1, bias_ED1, zeros_EDG], dim=2)
 
 
 class _AddExpertBias(torch.autograd.Function):
@@ -173,9 +220,7 @@ class _AddExpertBias(torch.autograd.Function):
     def backward(ctx: Any, grad_NF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         (ends_E,) = ctx.saved_tensors
         grad_NF = grad_NF.contiguous()
-        ones_N8 = torch.ones(
-            grad_NF.shape[0], _SUM_LANES, dtype=grad_NF.dtype, device=grad_NF.device
-        )
+        ones_N8 = torch.ones(grad_NF.shape[0], _LANES, dtype=grad_NF.dtype, device=grad_NF.device)
         sums_E8F = torch.nn.functional.grouped_mm(ones_N8.t(), grad_NF, offs=ends_E)
         return grad_NF, sums_E8F[:, 0].contiguous(), None, None
 

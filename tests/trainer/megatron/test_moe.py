@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.distributed.gloo import run_gloo
-from tests.trainer.megatron.router_product import product_errors
+from tests.trainer.megatron.expert_errors import grouped_errors, product_errors
 from tests.trainer.megatron.tiny import STUDENT
 
 S, B, D, E = 12, 2, 32, 8
@@ -149,6 +149,7 @@ def _in_process(_rank: int) -> dict:
             ],
             "no gradients": _counted_without_gradients(layers["two"]),
             "product": product_errors("cpu"),
+            "grouped": grouped_errors("cpu"),
         }
 
 
@@ -204,6 +205,11 @@ def test_nothing_is_counted_without_gradients(seen) -> None:
 def test_the_router_product_keeps_fp32_accuracy(seen) -> None:
     for name, error in seen["product"].items():
         assert error <= 1, name
+
+
+def test_grouped_experts_equal_the_loop(seen) -> None:
+    for name, error in seen["grouped"].items():
+        assert error < 1, name
 
 
 def test_two_expert_ranks_equal_one(seen) -> None:
