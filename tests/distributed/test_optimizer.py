@@ -27,7 +27,9 @@ def _life(rank: int, expert: int, precision: str, folders: list[str]) -> dict:
         optimizer={"lr": 1e-2, "clip": CLIP, "normuon": {"lr": 2e-2}},
     )
     with distributed("cpu", config.parallel, seed=1, deterministic=True) as topology:
-        from trainer.megatron.checkpoint import Progress, load_checkpoint, save_checkpoint
+        from trainer.checkpoints import Progress
+        from trainer.megatron.checkpoint import load_checkpoint
+        from trainer.megatron.checkpoint_write import CheckpointWriter
         from trainer.megatron.step import Trainer
 
         def train(trainer: Trainer, first: int) -> list[float]:
@@ -43,7 +45,7 @@ def _life(rank: int, expert: int, precision: str, folders: list[str]) -> dict:
         told: dict = {"norms": train(trainer, 0), "saved": _state(trainer)}
         told["clipped"] = _local_square(trainer)
         progress = Progress(step=STEPS, stream={}, provenance={})
-        save_checkpoint(Path(folders[-1]), trainer, progress, keep=1)
+        CheckpointWriter(Path(folders[-1]), trainer, keep=1, asynchronous=False).save(progress)
         told["norms"] += train(trainer, STEPS)
         told["end"] = _state(trainer)
         for folder in folders:
