@@ -66,12 +66,10 @@ class TPAProjection(MegatronModule):
         if self.config.sequence_parallel:
             x_SBD = gather_from_sequence_parallel_region(x_SBD, group=self.tp_group)
         maps = (self.a_query, self.a_key, self.a_value, self.b_query, self.b_key, self.b_value)
-        factors = torch.nn.functional.linear(x_SBD, torch.cat(maps)).split(
-            [len(weight) for weight in maps], dim=-1
-        )
-        a_SBHR = self._all_a(*factors[:3])
-        b_SBRC = torch.cat(factors[3:], dim=-1).unflatten(-1, (-1, self.config.kv_channels))
-        return (a_SBHR @ b_SBRC).flatten(2) + self.bias, None
+        factors = torch.nn.functional.linear(x_SBD, torch.cat(maps))
+        *a, b_SBX = factors.split([*(len(one) for one in maps[:3]), sum(map(len, maps[3:]))], -1)
+        b_SBRC = b_SBX.unflatten(-1, (-1, self.config.kv_channels))
+        return (self._all_a(*a) @ b_SBRC).flatten(2) + self.bias, None
 
     def _all_a(
         self, query_SBX: torch.Tensor, key_SBX: torch.Tensor, value_SBX: torch.Tensor
