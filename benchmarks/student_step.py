@@ -73,7 +73,7 @@ def measure(
             "config": {key: config.resolved()[key] for key in ("batch", "recompute", "precision")},
             "seq_len": run.seq_len,
             "loss": [record["loss/total"] for record in records],
-            "timing": timing(config, run.seq_len, records[warm_up:], topology.world_size),
+            "timing": timing(config, run.seq_len, records[warm_up:], topology),
             "memory_gib": memory_by_part(run.trainer, topology.device),
         }
         if kernels:
@@ -107,10 +107,10 @@ def take_steps(run: Any, steps: int) -> list[dict[str, float]]:
 
 
 def timing(
-    config: KDConfig, seq_len: int, records: list[dict[str, float]], devices: int
+    config: KDConfig, seq_len: int, records: list[dict[str, float]], topology: Any
 ) -> dict[str, Any]:
     """Medians over the steps."""
-    from trainer.flops import PEAK_BF16_FLOPS, flops_per_token, mfu
+    from trainer.flops import flops_per_token, mfu, peak_bf16_flops
 
     median = {
         key.removeprefix("seconds/"): statistics.median(record[key] for record in records)
@@ -119,15 +119,19 @@ def timing(
     }
     tokens = config.batch.global_batch_size * seq_len
     tokens_per_sec = tokens / median["step"]
-    flops = flops_per_token(config.student, seq_len)
+    of_device = tokens_per_sec / topology.world_size
+    flops, peak = (
+        flops_per_token(config.student, seq_len),
+        peak_bf16_flops(_device_name(topology.device)),
+    )
     return {
         "tokens_a_step": tokens,
         "tokens_per_sec": tokens_per_sec,
-        "tokens_per_sec_a_device": tokens_per_sec / devices,
+        "tokens_per_sec_a_device": of_device,
         "seconds": median,
         "share_of_step": {key: value / median["step"] for key, value in median.items()},
         "flops_per_token": flops,
-        "mfu": mfu(tokens_per_sec / devices, flops, PEAK_BF16_FLOPS["H200"]),
+        "mfu": mfu(of_device, flops, peak) if peak else None,
     }
 
 
