@@ -10,7 +10,14 @@ import torch
 
 from tests.distributed.gloo import run_gloo
 from tests.reference import student as reference
-from tests.trainer.megatron.tiny import SEQ_LEN, STUDENT, micro_batches, tiny_config, tiny_rows
+from tests.trainer.megatron.tiny import (
+    SEQ_LEN,
+    STUDENT,
+    built_student,
+    micro_batches,
+    tiny_config,
+    tiny_rows,
+)
 
 FUSED = {"tpa": None, "grape_m": None, "value_residual": None}
 
@@ -24,33 +31,16 @@ def _in_process(_rank: int) -> dict[str, Any]:
             "whole": _whole(STUDENT),
             "without parts": _whole(STUDENT | FUSED),
             "bf16": _in_bf16(),
-            "names": [n for n, _ in _built(STUDENT | {"layers": 8}).named_parameters()],
+            "names": [n for n, _ in built_student(STUDENT | {"layers": 8}).named_parameters()],
             "no first value": _no_first_value(),
         }
-
-
-def _built(student: dict[str, Any]) -> Any:
-    """A student whose biases, norms and sinks are not at their start, where mistakes in them would not show."""
-    from trainer.megatron.student import build_student
-
-    config = tiny_config(student=student)
-    torch.manual_seed(3)
-    model = build_student(config.student, config, config.parallel, SEQ_LEN)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1 or name.endswith("bias"):
-                parameter += 0.2 * torch.randn_like(parameter)
-        for name, buffer in model.named_buffers():
-            if name.endswith("expert_bias"):
-                buffer += 0.2 * torch.randn_like(buffer)
-    return model
 
 
 def _whole(student: dict[str, Any]) -> dict[str, Any]:
     from trainer.megatron.attention import PackedRows
 
     (batch,) = micro_batches(tiny_rows(2, seed=4), 2)
-    model = _built(student).double()
+    model = built_student(student).double()
     hidden_SBD = model(
         batch.tokens_BT,
         None,
@@ -114,7 +104,7 @@ def _in_bf16() -> dict[str, Any]:
 def _no_first_value() -> str:
     from common.errors import EngineError
 
-    attention = _built(STUDENT).decoder.layers[1].self_attention
+    attention = built_student(STUDENT).decoder.layers[1].self_attention
     try:
         attention.get_query_key_value_tensors(torch.zeros(4, 1, 32))
     except EngineError as error:

@@ -95,3 +95,20 @@ def step(trainer: Any, batches: list[Batch], rate: float) -> Any:
 def main_gradients(trainer: Any) -> dict[str, np.ndarray]:
     """The gradient of every parameter after a step, as the optimizer saw it."""
     return {name: p.main_grad.double().numpy() for name, p in trainer.student.named_parameters()}
+
+
+def built_student(student: dict[str, Any]) -> Any:
+    """A student whose biases, norms and sinks are not at their start, where mistakes in them would not show."""
+    from trainer.megatron.student import build_student
+
+    config = tiny_config(student=student)
+    torch.manual_seed(3)
+    model = build_student(config.student, config, config.parallel, SEQ_LEN)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 or name.endswith("bias"):
+                parameter += 0.2 * torch.randn_like(parameter)
+        for name, buffer in model.named_buffers():
+            if name.endswith("expert_bias"):
+                buffer += 0.2 * torch.randn_like(buffer)
+    return model
