@@ -139,6 +139,9 @@ def _grouped(
     fc2_EDF: torch.Tensor,
     bias2_ED: torch.Tensor,
 ) -> torch.Tensor:
+    if x_ND.shape[0] == 0:
+        # Expert parallelism can leave a rank without a row, and grouped_mm refuses such strides in its backward pass.
+        return _loop(x_ND, rows_E, gate_N, fc1_EFD, bias1_EF, fc2_EDF, bias2_ED)
     rows_E = rows_E.to(x_ND.device, torch.int32)
     ends_E = rows_E.cumsum(0, dtype=torch.int32)
     expert_N = torch.repeat_interleave(rows_E, output_size=x_ND.shape[0])

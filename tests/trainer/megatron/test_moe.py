@@ -150,6 +150,7 @@ def _in_process(_rank: int) -> dict:
             "no gradients": _counted_without_gradients(layers["two"]),
             "product": product_errors("cpu"),
             "grouped": grouped_errors("cpu"),
+            "no rows": _no_rows(layers["three"].experts.bfloat16()),
         }
 
 
@@ -158,6 +159,18 @@ def _counted_without_gradients(layer) -> float:
     with torch.no_grad():
         layer(_inputs("two")[0])
     return float(layer.router.local_tokens_per_expert.sum() + layer.router.take_aux_loss())
+
+
+def _no_rows(experts) -> list[float]:
+    """Largest gradients of grouped experts of a rank to which no token was sent."""
+    from trainer.megatron.experts import _grouped
+
+    rows_E = torch.zeros(E, dtype=torch.int32)
+    x_ND = torch.zeros(0, D, dtype=torch.bfloat16, requires_grad=True)
+    out = _grouped(x_ND, rows_E, torch.zeros(0), *experts.parameters())
+    assert out.shape == x_ND.shape
+    grads = torch.autograd.grad(out.sum(), list(experts.parameters()))
+    return [float(grad.abs().max()) for grad in grads]
 
 
 def _two_ranks(rank: int) -> dict:
@@ -210,6 +223,10 @@ def test_the_router_product_keeps_fp32_accuracy(seen) -> None:
 def test_grouped_experts_equal_the_loop(seen) -> None:
     for name, error in seen["grouped"].items():
         assert error < 1, name
+
+
+def test_a_rank_without_rows_has_gradients_of_zero(seen) -> None:
+    assert seen["no rows"] == [0, 0, 0, 0]
 
 
 def test_two_expert_ranks_equal_one(seen) -> None:
