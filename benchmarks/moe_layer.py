@@ -95,8 +95,8 @@ def make_layers(student: StudentConfig, precision: Any, device: Any) -> dict[str
     """Ours, and Megatron's with the same weights."""
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.mlp import MLPSubmodules
+    from megatron.core.transformer.moe import moe_utils
     from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
-    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
     from megatron.core.transformer.spec_utils import ModuleSpec
 
     from trainer.megatron.experts import RoutedExperts, SharedExpert
@@ -120,10 +120,13 @@ def make_layers(student: StudentConfig, precision: Any, device: Any) -> dict[str
         experts=ModuleSpec(module=RoutedExperts, params={"compute": compute}),
         shared_experts=ModuleSpec(module=SharedExpert, submodules=linear),
     )
+    if not hasattr(moe_utils, "te_general_gemm"):
+        # Without TransformerEngine the name is unbound (line 34), and TopKRouter's product reads it (line 1192).
+        moe_utils.te_general_gemm = None
     stock = MoELayer(stock_config, parts, layer_number=1).to(device)
     stock.set_layer_number(1)
     stock.load_state_dict(ours.state_dict())
-    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=device))
+    moe_utils.MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=device))
     return {"ours": ours, "megatron": stock}
 
 

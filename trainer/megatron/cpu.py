@@ -74,22 +74,19 @@ def _tensors_answer_cuda() -> None:
 
 
 def _modules_allocate_on_cpu() -> None:
-    """Five modules allocate with device="cuda" spelled out; one reads a name that exists only with TransformerEngine.
+    """Five modules allocate with device="cuda" spelled out.
 
     pipeline_parallel/schedules.py:596; optimizer/optimizer.py:481,485,907; optimizer/clip_grads.py:103,174,207;
-    utils.py:1207; transformer/utils.py:35,40. transformer/moe/moe_utils.py:34 imports te_general_gemm inside a
-    try and uses it at 1192 and 1225 whether or not that import worked.
+    utils.py:1207; transformer/utils.py:35,40.
     """
     import megatron.core.optimizer.clip_grads as clip_grads
     import megatron.core.optimizer.optimizer as optimizer
     import megatron.core.pipeline_parallel.schedules as schedules
-    import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.utils as transformer_utils
     import megatron.core.utils as utils
 
     for module in (schedules, optimizer, clip_grads, utils, transformer_utils):
         module.torch = _TorchOnCpu("torch")
-    moe_utils.te_general_gemm = None
 
 
 class _TorchOnCpu(ModuleType):
