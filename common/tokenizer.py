@@ -47,7 +47,7 @@ CONTROL_TOKENS = {
         if i not in _NAMED.values()
     },
 }
-_PATTERN = "|".join(
+PATTERN = "|".join(
     [
         r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
         r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
@@ -74,13 +74,15 @@ def ranks_bytes() -> bytes:
     return content
 
 
+def ranks() -> dict[bytes, int]:
+    """Byte strings of ids 0..199997 by their rank, which is their id."""
+    pairs = (line.split() for line in ranks_bytes().splitlines())
+    return {base64.b64decode(token): int(rank) for token, rank in pairs}
+
+
 @functools.cache
 def encoding() -> tiktoken.Encoding:
     """The tiktoken encoding, built once per process (about 0.3 s)."""
-    ranks = {}
-    for line in ranks_bytes().splitlines():
-        token, rank = line.split()
-        ranks[base64.b64decode(token)] = int(rank)
     return tiktoken.Encoding(
-        name=NAME, pat_str=_PATTERN, mergeable_ranks=ranks, special_tokens=CONTROL_TOKENS
+        name=NAME, pat_str=PATTERN, mergeable_ranks=ranks(), special_tokens=CONTROL_TOKENS
     )

@@ -87,3 +87,26 @@ def params(config: Path, overrides: tuple[str, ...], seq_len: int, check: bool) 
 
         require_equal(student, built_counts(student))
         click.echo("the built modules hold exactly these parameters")
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Default: RUN/exports/step-N-DTYPE.")
+@click.option("--step", type=click.IntRange(min=1), help="Of the checkpoint; default: the newest.")
+@click.option("--dtype", type=click.Choice(["fp32", "bf16"]), help="Default: the run's precision.")
+@click.option(
+    "--dataset", type=click.Path(path_type=Path), help="Where the run's dataset lies now."
+)
+def export(
+    run: Path, out: Path | None, step: int | None, dtype: str | None, dataset: Path | None
+) -> None:
+    """Write a checkpoint of RUN as a folder that Hugging Face transformers loads. Needs no GPU.
+
+    \b
+    Examples:
+      vpmoe-train export runs/demo
+      vpmoe-train export runs/base --step 20000 --dtype bf16 --out exports/vpmoe
+    """
+    from trainer.export import run_export
+
+    run_export(run, out=out, step=step, dtype=dtype, dataset=dataset)

@@ -1,0 +1,1 @@
+"""The student for Hugging Face transformers: files that `vpmoe-train export` copies beside the weights."""
