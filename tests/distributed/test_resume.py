@@ -10,100 +10,45 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-import yaml
 
-from tests.datastore import conftest as made
+from tests.distributed.runs import (
+    STEPS,
+    command,
+    environment,
+    records,
+    run_program,
+    steps_of,
+    train,
+    write_run_config,
+)
 from tests.distributed.stored import assert_same_tensors, newest
-from tests.trainer.megatron.tiny import tiny_config
 
-STEPS, SEQ_LEN = 8, 192
 ASIDE = "checkpoint.asynchronous=true"
-PROGRAM = str(Path(sys.executable).with_name("vpmoe-train"))
 
 
 @pytest.fixture(scope="module")
 def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset of which every other row is scored, and a config that trains a very small student on it.
-
-    Three of four rows of a global batch use targets, so the stream mixes two orders.
-    """
-    folder = tmp_path_factory.mktemp("runs")
-    rows = [made.pack([made.document(number % 6)], SEQ_LEN) for number in range(28)]
-    made.write_dataset(
-        folder / "data", {"train": [rows[:14], rows[14:21]], "valid": [rows[21:]]}, seq_len=SEQ_LEN
-    )
-    made.write_targets(folder / "data", unscored=tuple(range(0, 21, 2)))
-    student = tiny_config().student.resolved() | {
-        "vocab_size": 201_088,
-        "hidden": 16,
-        "head_dim": 4,
-    }
-    config = tiny_config(
-        dataset=str(folder / "data"),
-        student=student,
-        steps=STEPS,
-        batch={"global_batch_size": 4, "micro_batch_size": 2},
-        kd_share=0.75,
-        optimizer={"lr": 1e-2},
-        schedule={"kind": "cosine", "warmup": 2},
-        checkpoint={"every": 3, "keep": 2},
-        eval={"every": 4, "rows": 5},
-    )
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config.resolved()))
-    return path
-
-
-def _command(processes: int, *arguments: str) -> list[str]:
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(processes),
-    ]
-    return [*([*launch, "--no-python"] if processes > 1 else []), PROGRAM, *arguments]
-
-
-def _run(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        _command(processes, *arguments),
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env=_environment(),
-    )
-
-
-def _environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-def _train(processes: int, config: Path, run: Path, *overrides: str) -> None:
-    done = _run(processes, "kd", str(config), f"run={run}", *overrides)
-    assert done.returncode == 0, done.stderr[-3000:]
+    return write_run_config(tmp_path_factory.mktemp("runs"))
 
 
 def _train_and_kill(processes: int, config: Path, run: Path) -> None:
     """Start with asynchronous checkpoints, and SIGKILL every process of it at a random moment after the first."""
     process = subprocess.Popen(
-        _command(processes, "kd", str(config), f"run={run}", ASIDE),
+        command(processes, "kd", str(config), f"run={run}", ASIDE),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env=_environment(),
+        env=environment(),
     )
     deadline = time.monotonic() + 240
     while not (run / "checkpoints" / "latest").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     steps = random.randint(3, STEPS - 1)
-    while len(_steps(run, "loss/total")) < steps:
+    while len(steps_of(run, "loss/total")) < steps:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
     time.sleep(random.uniform(0, 0.3))
@@ -128,28 +73,18 @@ def _descendants(pid: int) -> list[int]:
     return found
 
 
-def _records(run: Path) -> list[dict]:
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
-def _steps(run: Path, name: str) -> list[tuple[int, float]]:
-    return [(record["step"], record[name]) for record in _records(run) if name in record]
-
-
 def _assert_same_end(one: Path, other: Path) -> None:
     assert_same_tensors(newest(one / "checkpoints"), newest(other / "checkpoints"))
     for name in ("loss/total", "eval/total", "grad_norm", "lr"):
-        assert _steps(one, name) == _steps(other, name)
+        assert steps_of(one, name) == steps_of(other, name)
 
 
 @pytest.fixture(scope="module")
 def whole(config_path: Path) -> Path:
     """A run on one process that nothing stopped."""
     run = config_path.parent / "whole"
-    _train(1, config_path, run)
-    shares = [share for _, share in _steps(run, "loss/scored_share/total")]
+    train(1, config_path, run)
+    shares = [share for _, share in steps_of(run, "loss/scored_share/total")]
     assert shares == pytest.approx([0.75] * STEPS, abs=0.01)
     return run
 
@@ -163,7 +98,7 @@ def test_a_killed_run_ends_as_if_never_stopped(config_path: Path, whole: Path) -
     shutil.copytree(
         checkpoints / (checkpoints / "latest").read_text().strip(), checkpoints / "step-00000099"
     )
-    _train(1, config_path, run)
+    train(1, config_path, run)
     _assert_same_end(whole, run)
     assert sorted(p.name for p in checkpoints.iterdir()) == [
         "latest",
@@ -175,17 +110,17 @@ def test_a_killed_run_ends_as_if_never_stopped(config_path: Path, whole: Path) -
 @pytest.mark.slow
 def test_two_processes_killed_and_resumed_on_two_and_on_one(config_path: Path, whole: Path) -> None:
     folder = config_path.parent
-    _train(2, config_path, folder / "two")
+    train(2, config_path, folder / "two")
     _train_and_kill(2, config_path, folder / "two-killed")
     shutil.copytree(folder / "two-killed", folder / "two-to-one")
-    _train(2, config_path, folder / "two-killed")
+    train(2, config_path, folder / "two-killed")
     _assert_same_end(folder / "two", folder / "two-killed")
 
-    _train(1, config_path, folder / "two-to-one")
+    train(1, config_path, folder / "two-to-one")
     for name in ("loss/positions/reasoning", "loss/scored_share/final"):
-        assert _steps(folder / "two-to-one", name) == _steps(whole, name)
+        assert steps_of(folder / "two-to-one", name) == steps_of(whole, name)
     for (_, got), (_, expected) in zip(
-        _steps(folder / "two-to-one", "loss/total"), _steps(whole, "loss/total"), strict=True
+        steps_of(folder / "two-to-one", "loss/total"), steps_of(whole, "loss/total"), strict=True
     ):
         assert got == pytest.approx(expected, rel=1e-4)
 
@@ -196,10 +131,10 @@ def test_evaluation_does_not_depend_on_processes_or_micro_batches(
 ) -> None:
     values = []
     for processes, size in [(1, 2), (1, 2), (1, 4), (2, 2)]:
-        done = _run(processes, "eval", str(whole), f"batch.micro_batch_size={size}")
+        done = run_program(processes, "eval", str(whole), f"batch.micro_batch_size={size}")
         assert done.returncode == 0, done.stderr[-3000:]
         values.append(json.loads((whole / "eval.json").read_text()))
-    at_the_end = [record for record in _records(whole) if "eval/total" in record][-1]
+    at_the_end = [record for record in records(whole) if "eval/total" in record][-1]
     assert values[0] == values[1] == at_the_end
     for other in values[2:]:
         assert other == pytest.approx(values[0], rel=1e-6)
@@ -208,7 +143,7 @@ def test_evaluation_does_not_depend_on_processes_or_micro_batches(
 @pytest.mark.slow
 def test_another_config_is_refused_with_the_difference(config_path: Path, whole: Path) -> None:
     before = (whole / "metrics.jsonl").read_bytes()
-    done = _run(1, "kd", str(config_path), f"run={whole}", "optimizer.lr=0.5", "log.every=2")
+    done = run_program(1, "kd", str(config_path), f"run={whole}", "optimizer.lr=0.5", "log.every=2")
     assert done.returncode == 1
     assert "optimizer.lr  0.01        0.5" in done.stderr
     assert "log.every" not in done.stderr and "Traceback" not in done.stderr
@@ -218,17 +153,17 @@ def test_another_config_is_refused_with_the_difference(config_path: Path, whole:
 @pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_written_loses_nothing(config_path: Path, whole: Path) -> None:
     run = config_path.parent / "full-disk"
-    command = " ".join(_command(1, "kd", str(config_path), f"run={run}", ASIDE))
+    program = " ".join(command(1, "kd", str(config_path), f"run={run}", ASIDE))
     limited = subprocess.run(
-        ["bash", "-c", f"ulimit -f 2000; exec {command}"],  # files of at most 2 MB
+        ["bash", "-c", f"ulimit -f 2000; exec {program}"],  # files of at most 2 MB
         capture_output=True,
         text=True,
         timeout=280,
-        env=_environment(),
+        env=environment(),
     )
     assert limited.returncode == 1, limited.stderr[-3000:]
     assert "checkpoint step-00000003 could not be written" in limited.stderr
     assert "GiB free" in limited.stderr and "run the same command" in limited.stderr
     assert list((run / "checkpoints").iterdir()) == []
-    _train(1, config_path, run)
+    train(1, config_path, run)
     _assert_same_end(whole, run)

@@ -15,7 +15,6 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -236,8 +235,8 @@ class CheckpointWriter:
         assert write is not None
         step = write.progress.step
         free = _free_bytes(self.folder)
+        mine = None if write.failure is None else _last_line(write.failure)
         self.abandon()
-        mine = None if write.failure is None else str(write.failure).strip().splitlines()[-1]
         every: list[tuple[str | None, int]] = [(mine, free)] * self.topology.world_size
         dist.all_gather_object(every, (mine, free))
         if self.topology.rank == 0:
@@ -250,8 +249,9 @@ class CheckpointWriter:
         write = self._write
         assert write is not None
         self.abandon()
-        cause = str(error).strip().splitlines()[-1]
-        return _unwritten(self.folder, write.progress.step, cause, _free_bytes(self.folder))
+        return _unwritten(
+            self.folder, write.progress.step, _last_line(error), _free_bytes(self.folder)
+        )
 
 
 def _strategy() -> TorchDistSaveShardedStrategy:
@@ -259,24 +259,29 @@ def _strategy() -> TorchDistSaveShardedStrategy:
 
 
 def _write_buckets(write: _Write, transforms: list[Any], buckets: list[Any]) -> None:
-    """The thread of one rank: every bucket into its file, the write results to where Megatron looks for them."""
-    if not buckets:
-        return
-    try:
-        with ThreadPoolExecutor(len(buckets), thread_name_prefix="checkpoint") as pool:
-            files = [pool.submit(_write_file, write, transforms, bucket) for bucket in buckets]
-        write.results.put({number: file.result() for number, file in enumerate(files)})
-    except Exception as error:  # whatever it is, the step loop must hear of it
-        write.failure = write.failure or error
+    """The thread of one rank: every bucket into its file, the write results to where Megatron looks for them.
 
+    Its threads are daemons: a run that stops for another reason does not wait for 60 GB to be written.
+    """
+    results: dict[int, list[Any]] = {}
 
-def _write_file(write: _Write, transforms: list[Any], bucket: Any) -> list[Any]:
-    try:
-        return _written(write.cancelled, transforms, bucket)
-    except Exception as error:
-        write.failure = write.failure or error
-        write.cancelled.set()  # the other files of this rank need not be finished
-        raise
+    def write_file(number: int) -> None:
+        try:
+            results[number] = _written(write.cancelled, transforms, buckets[number])
+        except Exception as error:  # whatever it is, the step loop must hear of it
+            write.failure = write.failure or error
+            write.cancelled.set()  # the other files of this rank need not be finished
+
+    files = [
+        threading.Thread(target=write_file, args=(number,), daemon=True)
+        for number in range(len(buckets))
+    ]
+    for file in files:
+        file.start()
+    for file in files:
+        file.join()
+    if buckets and write.failure is None:
+        write.results.put(results)
 
 
 def _written(cancelled: threading.Event, transforms: list[Any], bucket: Any) -> list[Any]:
@@ -303,6 +308,10 @@ def _unwritten(folder: Path, step: int, cause: str, free_bytes: int) -> Unwritte
         got=f"{free_bytes / _GIB:.1f} GiB free at that moment",
         remedy="make room or lower checkpoint.keep, then run the same command: it goes on from the newest checkpoint",
     )
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
 def _num_bytes(tensor: torch.Tensor) -> int:
