@@ -6,7 +6,7 @@
 
 Needs no dataset: the state is that of a fresh student with its optimizer's moments. Needs room for one checkpoint in
 the folder and, for the asynchronous saves, in host memory. Files are dropped from the page cache before they are read.
-floor_sec: bytes by the speed of one thread that writes (reads) one large file there in the same run. Writes
+floor_sec: bytes by the speed at which one file, or four at once, are written (read) there in the same run. Writes
 benchmarks/results/checkpoint-NAME.json on rank 0.
 """
 
@@ -18,6 +18,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,10 @@ def measure(
         trainer = Trainer(config, topology, SEQ_LEN)
         _make_moments(trainer)
         before = _fingerprint(trainer.student)
-        raw = raw_speed(folder, int(raw_gib * GIB)) if topology.rank == 0 else {}
+        raw = {
+            f"{files} files": raw_speed(folder, int(raw_gib * GIB), files)
+            for files in ((1, 4) if topology.rank == 0 else ())
+        }
         topology.barrier()
         figures: dict[str, Any] = {"layout": topology.layout(), "raw_bytes_per_sec": raw}
         figures["save"] = _saves(trainer, folder, asynchronous=False)
@@ -128,28 +132,41 @@ def _saves(trainer: Any, folder: Path, *, asynchronous: bool) -> dict[str, Any]:
     return found
 
 
-def raw_speed(folder: Path, num_bytes: int) -> dict[str, float]:
-    """Bytes a second of one thread that writes, then reads, one file."""
+def raw_speed(folder: Path, num_bytes: int, files: int) -> dict[str, float]:
+    """Bytes a second of so many threads, each of which writes, then reads, one file of its own."""
     folder.mkdir(parents=True, exist_ok=True)
-    path, chunks = folder / "raw", max(1, num_bytes // len(_CHUNK))
-    began = time.perf_counter()
-    with open(path, "wb", buffering=0) as file:
-        for _ in range(chunks):
-            file.write(_CHUNK)
-        os.fsync(file.fileno())
-    write = time.perf_counter() - began
-    _forget(path)
-    began = time.perf_counter()
-    with open(path, "rb", buffering=0) as file:
-        while file.readinto(memoryview(bytearray(len(_CHUNK)))):
-            pass
-    read = time.perf_counter() - began
-    path.unlink()
-    return {"write": chunks * len(_CHUNK) / write, "read": chunks * len(_CHUNK) / read}
+    chunks = max(1, num_bytes // len(_CHUNK) // files)
+    paths = [folder / f"raw-{number}" for number in range(files)]
+
+    def write(path: Path) -> None:
+        with open(path, "wb", buffering=0) as file:
+            for _ in range(chunks):
+                file.write(_CHUNK)
+            os.fsync(file.fileno())
+
+    def read(path: Path) -> None:
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(memoryview(bytearray(len(_CHUNK)))):
+                pass
+
+    speeds = {}
+    with ThreadPoolExecutor(files) as pool:
+        for name, work in (("write", write), ("read", read)):
+            began = time.perf_counter()
+            list(pool.map(work, paths))
+            speeds[name] = files * chunks * len(_CHUNK) / (time.perf_counter() - began)
+            for path in paths:
+                _forget(path)
+    for path in paths:
+        path.unlink()
+    return speeds
 
 
 def _with_floors(figures: dict[str, Any]) -> None:
-    raw = figures["raw_bytes_per_sec"]
+    raw = {
+        way: max(speeds[way] for speeds in figures["raw_bytes_per_sec"].values())
+        for way in ("write", "read")
+    }
     size = figures["save"]["first"]["bytes"]
     for name in ("save", "asynchronous_save"):
         for saved in (figures[name][key] for key in ("first", "second") if name in figures):
