@@ -28,41 +28,44 @@ def _in_process(_rank: int) -> dict[str, Any]:
     config = tiny_config()
     with distributed("cpu", config.parallel, seed=1):
         return {
-            "whole": _whole(STUDENT),
-            "without parts": _whole(STUDENT | FUSED),
+            "whole": against_reference(STUDENT),
+            "without parts": against_reference(STUDENT | FUSED),
             "bf16": _in_bf16(),
             "names": [n for n, _ in built_student(STUDENT | {"layers": 8}).named_parameters()],
             "no first value": _no_first_value(),
         }
 
 
-def _whole(student: dict[str, Any]) -> dict[str, Any]:
+def against_reference(student: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
+    """Hidden states and gradients of two packed rows, the module's on `device` in fp64 and the reference's."""
     from trainer.megatron.attention import PackedRows
 
     (batch,) = micro_batches(tiny_rows(2, seed=4), 2)
-    model = built_student(student).double()
+    model = built_student(student, device=device, deterministic=False).double()
+    there = batch.to(torch.device(device))
     hidden_SBD = model(
-        batch.tokens_BT,
+        there.tokens_BT,
         None,
         None,
-        packed_seq_params=PackedRows(document_BS=batch.doc_ids_BT),
-        padding_mask=batch.doc_ids_BT < 0,
+        packed_seq_params=PackedRows(document_BS=there.doc_ids_BT),
+        padding_mask=there.doc_ids_BT < 0,
     )
     weigh_BTD = torch.randn(2, SEQ_LEN, 32, generator=torch.Generator().manual_seed(5)).double()
-    got = hidden_SBD.transpose(0, 1)
+    got = hidden_SBD.transpose(0, 1).cpu()
     names = [name for name, _ in model.named_parameters() if name != "output_layer.weight"]
     parameters = dict(model.named_parameters())
     gradients = torch.autograd.grad((got * weigh_BTD).sum(), [parameters[n] for n in names])
     buffers = {n: b for n, b in model.named_buffers() if n.endswith("expert_bias")}
     state = {
-        n: t.detach().double().requires_grad_(n in names) for n, t in (parameters | buffers).items()
+        n: t.detach().cpu().double().clone().requires_grad_(n in names)
+        for n, t in (parameters | buffers).items()
     }
     want, loss = _expected(state, student, batch, weigh_BTD)
     expected = torch.autograd.grad(loss, [state[n] for n in names])
     pairs = zip(names, gradients, expected, strict=True)
     return {
         "hidden": (got.detach().numpy(), want.detach().numpy()),
-        "gradients": {n: (g.double().numpy(), e.numpy()) for n, g, e in pairs},
+        "gradients": {n: (g.cpu().double().numpy(), e.numpy()) for n, g, e in pairs},
     }
 
 

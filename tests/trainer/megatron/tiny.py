@@ -97,11 +97,11 @@ def main_gradients(trainer: Any) -> dict[str, np.ndarray]:
     return {name: p.main_grad.double().numpy() for name, p in trainer.student.named_parameters()}
 
 
-def built_student(student: dict[str, Any]) -> Any:
+def built_student(student: dict[str, Any], **runtime: Any) -> Any:
     """A student whose biases, norms and sinks are not at their start, where mistakes in them would not show."""
     from trainer.megatron.student import build_student
 
-    config = tiny_config(student=student)
+    config = tiny_config(student=student, **runtime)
     torch.manual_seed(3)
     model = build_student(config.student, config, config.parallel, SEQ_LEN)
     with torch.no_grad():
