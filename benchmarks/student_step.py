@@ -94,6 +94,7 @@ def take_steps(run: Any, steps: int) -> list[dict[str, float]]:
         clock, began = Clock(run.topology.device), time.perf_counter()
         clock.mark("data")
         report = run.trainer.step(loader.next(), learning_rate(run.config, step), clock)
+        loader.finished()
         seconds = time.perf_counter() - began
         phases = {f"seconds/{phase}": value for phase, value in report.seconds.items()}
         records.append(report.values | phases | {"seconds/step": seconds})
@@ -102,7 +103,6 @@ def take_steps(run: Any, steps: int) -> list[dict[str, float]]:
                 f"step {step + 1}: loss {records[-1]['loss/total']:.4f}, {seconds:.3f} s",
                 flush=True,
             )
-    loader.close()
     return records
 
 

@@ -27,5 +27,6 @@ class Program(click.Group):
         except VpmoeError as error:
             collective = isinstance(error, ConfigError) or getattr(error, "collective", False)
             if rank == 0 or not collective:
-                click.echo(f"error: {error}", err=True)
+                who = f"rank {rank}: " if rank else ""
+                click.echo(f"error: {who}{error}", err=True)
             sys.exit(error.exit_code)

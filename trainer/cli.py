@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -35,6 +36,8 @@ def kd(config: Path, overrides: tuple[str, ...]) -> None:
       vpmoe-train kd configs/demo.yaml steps=20 checkpoint.every=10 run=runs/short
       torchrun --nproc-per-node 2 --no-python vpmoe-train kd configs/demo.yaml
     """
+    # When a rank dies, c10d prints a C++ stack for every failed call, and buries the message.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from common.config import load_config
     from trainer.config import KDConfig
     from trainer.kd import run_kd

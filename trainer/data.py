@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 
 import numpy as np
 import torch
 
-from common.errors import ConfigError, FormatError
+from common.errors import ConfigError, FormatError, VpmoeError
 from datastore.alignment import (
     MIN_POSITIONS,
     alignment_report,
@@ -25,6 +27,7 @@ from trainer.batch import Batch, make_batch
 from trainer.config import KDConfig
 
 GATE_ROWS = 8
+_LOG = logging.getLogger(__name__)
 
 
 class RunData:
@@ -83,16 +86,24 @@ class RunData:
             scored=self.scored.get("train"),
         )
 
-    def batch(self, split: Split, rows: Sequence[int], with_targets: Sequence[bool]) -> Batch:
+    def batch(
+        self,
+        split: Split,
+        rows: Sequence[int],
+        with_targets: Sequence[bool],
+        begin: Callable[[int], None] = lambda index: None,
+    ) -> Batch:
         """The batch of these rows; one whose flag is off trains without targets, as do its documents without any.
 
-        Raises FormatError when a row whose flag is on has no targets.
+        begin: told the index of each row before it is read. Raises FormatError when a row whose flag is on has no
+        targets.
         """
-        packed = [self.dataset.row(split, int(index)) for index in rows]
-        documents = [
-            self.documents(split, int(index), row) if wanted else None
-            for index, row, wanted in zip(rows, packed, with_targets, strict=True)
-        ]
+        packed, documents = [], []
+        for index, wanted in zip(rows, with_targets, strict=True):
+            begin(int(index))
+            row = self.dataset.row(split, int(index))
+            packed.append(row)
+            documents.append(self.documents(split, int(index), row) if wanted else None)
         return make_batch(packed, documents)
 
     def documents(self, split: Split, index: int, row: PackedRow) -> list[DocTarget | None]:
@@ -115,7 +126,7 @@ class RunData:
 class Loader:
     """This rank's micro-batches, step after step; the next step's are read in a thread while one is computed.
 
-    The stream advances when a step's batches are handed out, so its state never counts rows that were only read ahead.
+    The stream advances when a step is finished, so its state counts what was trained on and nothing that was only read.
     """
 
     def __init__(
@@ -134,27 +145,62 @@ class Loader:
             "dp_size": dp_size,
             "micro_batch_size": config.batch.micro_batch_size,
         }
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reader")
-        self._ahead: Future[list[Batch]] = self._thread.submit(self._read, self._number())
+        self._row = 0  # the one being read
+        self._ahead = self._start(self._number())
+
+    def problem(self, wait_sec: float) -> str | None:
+        """Wait for the rows of the next step; why they cannot be had, None when they are there."""
+        try:
+            error = self._ahead.exception(timeout=wait_sec)
+        except TimeoutError:
+            return f"has waited {wait_sec:g} s for {self._place()}"
+        if error is None:
+            return None
+        if not isinstance(error, (VpmoeError, OSError)):
+            _LOG.error("the reader failed", exc_info=error)
+        why = str(error).rstrip(".") if isinstance(error, VpmoeError) else repr(error)
+        return f"cannot read {self._place()}: {why}"
 
     def next(self) -> list[Batch]:
         """The micro-batches of the next step on the device."""
         batches = self._ahead.result()
-        self.stream.next_batch()
-        self._ahead = self._thread.submit(self._read, self._number())
+        self._ahead = self._start(self._number() + 1)
         return [batch.to(self._device) for batch in batches]
 
-    def close(self) -> None:
-        """Stop reading."""
-        self._thread.shutdown(cancel_futures=True)
+    def finished(self) -> None:
+        """The step of the micro-batches that `next` gave is done."""
+        self.stream.next_batch()
+
+    def _place(self) -> str:
+        dataset = self._data.dataset
+        shard, row = dataset.locate("train", self._row)
+        name = dataset.manifest.entries("train")[shard].name
+        return f"train row {self._row} (row {row} of {name}) of step {self._number() + 1}"
+
+    def _begin(self, row: int) -> None:
+        self._row = row
 
     def _number(self) -> int:
         return self.stream.consumed // self.stream.global_batch_size
 
+    def _start(self, number: int) -> Future[list[Batch]]:
+        """Read in a daemon thread: one that the disk holds for ever must not keep the process from ending."""
+        ahead: Future[list[Batch]] = Future()
+        threading.Thread(
+            target=self._fulfil, args=(ahead, number), name="reader", daemon=True
+        ).start()
+        return ahead
+
+    def _fulfil(self, ahead: Future[list[Batch]], number: int) -> None:
+        try:
+            ahead.set_result(self._read(number))
+        except BaseException as error:
+            ahead.set_exception(error)
+
     def _read(self, number: int) -> list[Batch]:
         rows_B, uses_B = self.stream.peek(number), self.stream.uses_targets(number)
         batches = [
-            self._data.batch("train", rows, uses)
+            self._data.batch("train", rows, uses, self._begin)
             for rows, uses in zip(
                 rank_micro_batches(rows_B, **self._cut),
                 rank_micro_batches(uses_B, **self._cut),

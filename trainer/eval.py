@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from trainer.config import KDConfig
@@ -10,8 +12,15 @@ from trainer.losses.report import QUANTITIES, loss_metrics
 from trainer.megatron.step import Trainer
 
 
-def evaluate(trainer: Trainer, data: RunData, config: KDConfig) -> dict[str, float]:
+def evaluate(
+    trainer: Trainer,
+    data: RunData,
+    config: KDConfig,
+    progress: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
     """Means over the first `eval.rows` valid rows, named `eval/ce/reasoning` and so on. Every rank calls it.
+
+    progress: called before every batch.
 
     Rows are read in order; sums are float64, so the means repeat to about 1e-7 whatever cuts them.
     """
@@ -25,6 +34,7 @@ def evaluate(trainer: Trainer, data: RunData, config: KDConfig) -> dict[str, flo
         dp_size=topology.dp_size,
         micro_batch_size=config.batch.micro_batch_size,
     ):
+        progress()
         sums_CM += trainer.evaluate(batch.to(topology.device), ones)
     return loss_metrics(_span_means(topology.sum(sums_CM)), prefix="eval")
 

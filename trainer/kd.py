@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 from pathlib import Path
 
+from common.errors import VpmoeError
 from common.files import write_json
 from datastore.stream import RowStream
-from trainer.checkpoints import Progress, sweep
+from trainer.checkpoints import Progress, read_progress, sweep
 from trainer.config import KDConfig
 from trainer.data import Loader, RunData
 from trainer.eval import evaluate
@@ -16,6 +18,7 @@ from trainer.megatron.checkpoint_write import CheckpointWriter, SaveReport
 from trainer.megatron.start import resume, stored_progress, take_from
 from trainer.megatron.step import Clock, StepReport, Trainer
 from trainer.megatron.topology import Topology, check_run, distributed
+from trainer.megatron.watch import Watch
 from trainer.megatron.weights import load_weights
 from trainer.provenance import provenance, require_same_run
 from trainer.run import (
@@ -28,6 +31,7 @@ from trainer.run import (
     utilisation,
 )
 from trainer.schedule import learning_rate
+from trainer.stops import RunStopped
 
 _LOG = logging.getLogger(__name__)
 
@@ -39,9 +43,10 @@ def run_kd(config: KDConfig) -> None:
         distributed(
             config.device, config.parallel, config.seed, deterministic=config.deterministic
         ) as topology,
+        Watch(config.watch, topology, partial(_newest_step, config)) as watch,
         run_folder(Path(config.run), topology.rank),
     ):
-        KDRun(config, topology).train()
+        KDRun(config, topology).train(watch)
 
 
 def run_eval(config: KDConfig) -> dict[str, float]:
@@ -79,25 +84,34 @@ class KDRun:
             asynchronous=config.checkpoint.asynchronous,
         )
 
-    def train(self) -> None:
-        """The loop."""
+    def train(self, watch: Watch) -> None:
+        """The loop. A step ends by its report or by a RunStopped, which every rank raises and which loses nothing."""
         config = self.config
         start, stream = self._start()
         loader = self._loader(stream)
         log = RunLog(self.folder, self.topology.rank, resumed_step=start)
+        watch.finished(start)
         if self.load_sec is not None:
             line = f"loaded in {self.load_sec:.1f} s, going on from step {start} of {config.steps}"
             log.write(start, {"checkpoint/load_sec": self.load_sec}, line)
         if start == 0 and config.eval.every:
-            self._evaluate(0, log)
+            self._evaluate(0, log, watch)
         for step in range(start, config.steps):
             clock = Clock(self.topology.device)
             began = time.perf_counter()
             clock.mark("data")
-            micro_batches = loader.next()
             rate = learning_rate(config, step)
-            report = self.trainer.step(micro_batches, rate, clock)
+            watch.phase(f"step {step + 1}")
+            try:
+                watch.agree(loader.problem(config.watch.data_sec))
+                report = self.trainer.step(loader.next(), rate, clock)
+            except RunStopped as stop:
+                watch.phase("saving where it stopped")
+                saved = step == start or step % config.checkpoint.every == 0
+                raise stop.at(self._kept(stop, step, stream, saved)) from None
+            loader.finished()
             done = step + 1
+            watch.finished(done)
             if step == start:
                 self.writer.reserve()
             _note(self.writer.poll(), log)
@@ -105,11 +119,12 @@ class KDRun:
                 values = self._values(report, rate, time.perf_counter() - began)
                 log.write(done, values, step_line(done, config.steps, values))
             if _due(done, config.eval.every, config.steps):
-                self._evaluate(done, log)
+                self._evaluate(done, log, watch)
             if _due(done, config.checkpoint.every, config.steps):
+                watch.phase(f"checkpoint of step {done}")
                 _note(self._save(done, stream), log)
+        watch.phase("the end of the last checkpoint")
         _note(self.writer.finish(), log)
-        loader.close()
         log.close()
 
     def _start(self) -> tuple[int, RowStream]:
@@ -149,13 +164,28 @@ class KDRun:
             device=topology.device,
         )
 
-    def _evaluate(self, step: int, log: RunLog) -> None:
-        values = evaluate(self.trainer, self.data, self.config)
+    def _evaluate(self, step: int, log: RunLog, watch: Watch) -> None:
+        progress = partial(watch.phase, f"evaluation at step {step}")
+        values = evaluate(self.trainer, self.data, self.config, progress)
         log.write(step, values, eval_line(step, values))
 
     def _save(self, step: int, stream: RowStream, *, wait: bool = False) -> SaveReport | None:
         progress = Progress(step=step, stream=stream.state(), provenance=self.provenance)
         return self.writer.save(progress, wait=wait)
+
+    def _kept(self, stop: RunStopped, step: int, stream: RowStream, saved: bool) -> str:
+        """Save the last finished step unless it is saved or on its way; what became of it, for people."""
+        if step == 0:
+            return "no step was finished"
+        try:
+            self.writer.finish()
+            if not saved and not stop.worth_keeping:
+                return f"step {step} is not saved, being damaged"
+            if not saved:
+                self._save(step, stream, wait=True)
+        except VpmoeError as error:
+            return f"step {step} could not be saved ({str(error).rstrip('.')})"
+        return f"step {step} is saved"
 
     def _values(self, report: StepReport, rate: float, seconds: float) -> dict[str, float]:
         phases = {f"seconds/{phase}": value for phase, value in report.seconds.items()}
@@ -179,6 +209,11 @@ class KDRun:
 def _note(saved: SaveReport | None, log: RunLog) -> None:
     if saved is not None:
         log.write(saved.step, saved.values, saved.line())
+
+
+def _newest_step(config: KDConfig) -> int | None:
+    progress = read_progress(Path(config.run) / "checkpoints")
+    return None if progress is None else progress.step
 
 
 def _due(step: int, every: int, last: int) -> bool:

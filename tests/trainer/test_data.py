@@ -73,6 +73,8 @@ def _read(
     read = []
     for _ in range(steps):
         batches = [batch for loader in loaders for batch in loader.next()]
+        for loader in loaders:
+            loader.finished()
         read.append(
             [
                 (tokens_T.numpy().tobytes(), bool(scored_T.any()))
@@ -81,8 +83,6 @@ def _read(
             ]
         )
     assert all(loader.stream.consumed == 4 * steps for loader in loaders)
-    for loader in loaders:
-        loader.close()
     return read
 
 

@@ -24,7 +24,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module
 
-from common.errors import VpmoeError
 from trainer.batch import Batch
 from trainer.config import KDConfig
 from trainer.losses.fused_linear import WHOLE_VOCAB, VocabShard
@@ -32,17 +31,12 @@ from trainer.losses.objective import batch_loss, evaluate_batch
 from trainer.losses.report import loss_metrics
 from trainer.losses.spans import span_counts
 from trainer.megatron.attention import PackedRows
+from trainer.megatron.diverged import diverged
 from trainer.megatron.optimizer import build_optimizer
 from trainer.megatron.router import StudentRouter
 from trainer.megatron.student import Student, build_student
 from trainer.megatron.topology import Topology
 from trainer.router_load import router_metrics
-
-
-class DivergedError(VpmoeError):
-    """A loss or gradient is no finite number; the weights are those of the step before. Every rank raises it."""
-
-    collective = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +69,9 @@ class Trainer:
     ) -> StepReport:
         """Forward and backward over this rank's micro-batches (on its device), then one optimizer step.
 
-        Raises DivergedError on every rank when any rank meets a number that is not finite; no weight has changed then.
+        Raises DivergedError on every rank when any rank meets a number that is not finite; nothing has changed then.
         """
+        biases_LE = torch.stack([router.expert_bias for router in self.routers])
         self.model.train()
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -86,7 +81,12 @@ class Trainer:
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         values = loss_metrics(sums_CM)
-        self._require_finite(values["loss/total"], grad_norm)
+        if not self._finite_everywhere(values["loss/total"], grad_norm):
+            self._set_biases(biases_LE)
+            again = partial(self._own_gradients, micro_batches, counts)
+            raise diverged(
+                values["loss/total"], grad_norm, self.student, self.config, self.topology, again
+            )
         self._update(learning_rate, grad_norm)
         values |= {"grad_norm": grad_norm} | self._router_values()
         return StepReport(values=values, seconds=clock.read())
@@ -161,16 +161,27 @@ class Trainer:
         self.routed_LE = torch.stack([router.local_tokens_per_expert for router in self.routers])
         finalize_model_grads(model, *arguments, **keywords)
 
-    def _require_finite(self, loss: float, grad_norm: float) -> None:
+    def _finite_everywhere(self, loss: float, grad_norm: float) -> bool:
         finite = torch.isfinite(torch.tensor([loss, grad_norm], dtype=torch.float64)).all()
         everywhere = finite.to(self.topology.device, torch.int32).view(1)
         dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)
-        if not int(everywhere):
-            raise DivergedError(
-                "the loss or the gradient is not finite",
-                got=f"loss {loss}, gradient norm {grad_norm}",
-                remedy="lower optimizer.lr or lengthen schedule.warmup, and start again from a checkpoint before this",
-            )
+        return bool(everywhere)
+
+    def _set_biases(self, biases_LE: torch.Tensor) -> None:
+        """Megatron moves the routers' biases in the backward pass, before a step is known to be good."""
+        for router, bias_E in zip(self.routers, biases_LE, strict=True):
+            router.expert_bias.copy_(bias_E)
+
+    def _own_gradients(self, micro_batches: Sequence[Batch], counts: torch.Tensor) -> torch.Tensor:
+        """The step's gradients and its sums [C, M] once more, of this rank alone; routers are left as they were."""
+        self.model.zero_grad_buffer()
+        self.student.config.finalize_model_grads_func = lambda *arguments, **keywords: None
+        sums_CM = self._forward_backward(micro_batches, counts, Clock(self.topology.device))
+        self.student.config.finalize_model_grads_func = self._finalize
+        for router in self.routers:
+            router.local_tokens_per_expert.zero_()
+            router.take_aux_loss()
+        return sums_CM
 
     def _update(self, learning_rate: float, grad_norm: float) -> None:
         """ChainedOptimizer.step (optimizer/optimizer.py:1300) from its clipping on: the norm was checked in between."""
