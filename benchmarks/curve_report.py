@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.curve_data import STUDENT_DATA, seen
 from benchmarks.curve_runs import SLUG, evaluations, order_hash, overall
 from common.config import load_config
 from datastore.manifest import load_dataset_manifest, load_target_manifest
@@ -79,16 +80,20 @@ def compare(curves: dict[str, Any]) -> dict[str, Any]:
 
 
 def checks(work: Path, seeds: Sequence[int]) -> dict[str, Any]:
-    """Same tokens for both arms, and the sizes of teacher and student. Raises ValueError when the tokens differ."""
+    """Same tokens for both arms, same valid documents for teacher and students; what each saw, and their sizes.
+
+    Raises ValueError when the arms' tokens or the valid documents differ.
+    """
     students = work / "students"
     orders = {s: {a: order_hash(students / f"{a}-{s}") for a in ARMS} for s in seeds}
     if any(len(set(hashes.values())) > 1 for hashes in orders.values()):
         raise ValueError(f"the arms saw other tokens: {orders}")
     config = load_config(KDConfig, students / f"kd-{seeds[0]}" / "config.yaml")
     first = evaluations(students / f"kd-{seeds[0]}")[-1]
-    dataset = load_dataset_manifest(work / "data")
+    dataset = load_dataset_manifest(work / STUDENT_DATA)
     return {
         "order_sha256": {str(seed): hashes["kd"] for seed, hashes in orders.items()},
+        "seen": seen(work),
         "student": parameter_counts(config.student),
         "teacher_valid_nll": {
             **{name: first[f"eval/teacher_nll/{name}"] for name in CLASSES},
@@ -99,8 +104,8 @@ def checks(work: Path, seeds: Sequence[int]) -> dict[str, Any]:
         "epochs": config.steps * config.batch.global_batch_size / dataset.counts["train"].rows,
         "dataset": dataset.fingerprint,
         "counts": {split: counts.resolved() for split, counts in dataset.counts.items()},
-        "targets": load_target_manifest(work / "data", SLUG).target_id,
-        "budget": load_target_manifest(work / "data", SLUG).budget,
+        "targets": load_target_manifest(work / STUDENT_DATA, SLUG).target_id,
+        "budget": load_target_manifest(work / STUDENT_DATA, SLUG).budget,
     }
 
 
@@ -163,15 +168,25 @@ def markdown(result: dict[str, Any]) -> str:
         rows.append(f"| {' | '.join(cells)} |")
     best = {arm: found["best_valid_ce"][arm]["mean"] for arm in ARMS}
     nll = checked["teacher_valid_nll"]
+    totals = {
+        "teacher": result["teacher"]["parameters"]["total"],
+        "students": checked["student"]["total"],
+    }
+    sizes = {
+        who: f"{total:,} | {checked['seen'][who]['documents']:,} ({checked['seen'][who]['tokens']:,})"
+        for who, total in totals.items()
+    }
     return "\n".join(
         [
             *rows,
             "",
-            "| | parameters | valid CE |",
-            "|---|---|---|",
-            f"| teacher | {result['teacher']['parameters']['total']:,} | {nll['all']:.3f} |",
-            f"| student, KD, best of the run | {checked['student']['total']:,} | {best['kd']:.3f} |",
-            f"| student, CE alone, best of the run | {checked['student']['total']:,} | {best['ce']:.3f} |",
+            "| | parameters | train documents (tokens) | valid CE |",
+            "|---|---|---|---|",
+            f"| teacher | {sizes['teacher']} | {nll['all']:.3f} |",
+            f"| student, KD, best of the run | {sizes['students']} | {best['kd']:.3f} |",
+            f"| student, CE alone, best of the run | {sizes['students']} | {best['ce']:.3f} |",
+            "",
+            f"The {checked['seen']['valid_documents_of_both']} valid documents are the same for all.",
         ]
     )
 

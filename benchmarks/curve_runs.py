@@ -19,6 +19,7 @@ from typing import Any
 import click
 import torch
 
+from benchmarks.curve_data import STUDENT_DATA
 from common.config import PROJECT_ROOT, load_config
 from trainer.config import KDConfig
 from trainer.data import RunData
@@ -78,9 +79,9 @@ class Job:
 def student_job(
     work: Path, name: str, profile: str, extra: Sequence[str], own: Sequence[str], slot: int
 ) -> Job:
-    """A run of the curve's student on the dataset and targets under `work`."""
+    """A run of the curve's student on the students' dataset and its targets under `work`."""
     config, settings = PROFILES[profile]
-    data = (f"dataset={work / 'data'}", f"teacher={SLUG}", *(f"budget.{v}" for v in LIMITS))
+    data = (f"dataset={work / STUDENT_DATA}", f"teacher={SLUG}", *(f"budget.{v}" for v in LIMITS))
     return Job(config, work / name, (*settings, *data, *own, *extra), slot)
 
 

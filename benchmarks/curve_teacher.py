@@ -31,12 +31,22 @@ from demo.tiny_teacher import (
     save_teacher,
     spread,
 )
+from trainer.normuon import NorMuon
+
+# Endings of the names of what NorMuon updates. An expert's bias [E, out] has two axes too, but is no matrix.
+MATRICES = (
+    *(f"self_attn.{part}_proj.weight" for part in "qkvo"),
+    *("router.weight", "experts.gate_up_proj", "experts.down_proj"),
+)
 
 
 @dataclass(frozen=True)
 class TeacherPlan:
-    """How the teacher is trained. dropout: on each branch before it joins the residual stream. patience: evaluations
-    without a better one after which it stops. max_sec: of training by one plan; the rate falls linearly over `steps`.
+    """How the teacher is trained.
+
+    normuon_lr: of the layers' matrices; lr: of all else (AdamW). dropout: on each branch before it joins the residual
+    stream. patience: evaluations without a better one after which it stops. max_sec: of training by one plan; the
+    rates fall linearly over `steps`.
     """
 
     shape: Shape
@@ -44,11 +54,12 @@ class TeacherPlan:
     device: str
     batch_documents: int = 16
     lr: float = 1e-3
+    normuon_lr: float = 1e-2
     weight_decay: float = 0.1
     dropout: float = 0.2
-    every: int = 20
-    patience: int = 6
-    max_sec: float = 60.0
+    every: int = 10
+    patience: int = 4
+    max_sec: float = 45.0
     seed: int = 0
 
 
@@ -143,21 +154,23 @@ def _train(
     seen_ids: np.ndarray,
     plan: TeacherPlan,
 ) -> _Best:
-    rates = {"lr": plan.lr, "betas": (0.9, 0.95), "weight_decay": plan.weight_decay}
-    optimiser = torch.optim.AdamW(model.parameters(), **rates)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: min(1, (step + 1) / 20) * (1 - 0.95 * step / plan.steps)
-    )
+    optimisers = _optimisers(model, plan)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimiser, lambda step: min(1, (step + 1) / 20) * (1 - 0.95 * step / plan.steps)
+        )
+        for optimiser in optimisers
+    ]
     _add_dropout(model, plan.dropout)
     stream = batches(train, seen_ids, plan.seed, plan.batch_documents)
     best, losses, began = _Best(), [], time.monotonic()
     for step in range(1, plan.steps + 1):
         loss = _loss(model, next(stream), plan)
-        optimiser.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
+        for part in (*optimisers, *schedules):
+            part.step()
         losses.append(loss.detach())
         if step % plan.every and step < plan.steps:
             continue
@@ -170,6 +183,19 @@ def _train(
         if best.worse >= plan.patience or seconds > plan.max_sec:
             break
     return best
+
+
+def _optimisers(model: Any, plan: TeacherPlan) -> tuple[NorMuon, torch.optim.AdamW]:
+    """NorMuon for the layers' matrices, experts' [E, in, out] as they lie; AdamW for embeddings, lm_head, vectors."""
+    matrices, others = [], []
+    for name, weight in model.named_parameters():
+        (matrices if name.endswith(MATRICES) else others).append(weight)
+    polar = torch.bfloat16 if plan.device == "cuda" else torch.float32
+    decay = {"weight_decay": plan.weight_decay}
+    return (
+        NorMuon(matrices, plan.normuon_lr, polar_dtype=polar, **decay),
+        torch.optim.AdamW(others, lr=plan.lr, betas=(0.9, 0.95), **decay),
+    )
 
 
 def _loss(model: Any, batch: tuple[torch.Tensor, torch.Tensor], plan: TeacherPlan) -> torch.Tensor:

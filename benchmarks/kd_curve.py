@@ -1,5 +1,7 @@
 """A training curve on real SYNTH rows: KD from a teacher that is better, against CE alone, on the same tokens.
 
+The teacher trains on all documents, the students on a part of them (curve_data).
+
     python -m benchmarks.kd_curve --work runs/kd_curve prepare
     python -m benchmarks.kd_curve --work runs/kd_curve teacher
     python -m benchmarks.kd_curve --work runs/kd_curve score
@@ -10,7 +12,7 @@
 Each stage goes on where it was stopped. `prepare` needs the rows of VPMOE_SYNTH; `teacher`, `score` and `students`
 are for one GPU (`--device cpu` and small numbers try them anywhere) and need no vLLM: the teacher is trained here
 (curve_teacher) and scores in transformers (torch_teacher). `noise` measures the noise floor of the same student and
-what a kill adds to it; `pack` leaves dataset and targets as a tar in parts.
+what a kill adds to it; `pack` leaves datasets and targets as a tar in parts.
 """
 
 from __future__ import annotations
@@ -25,13 +27,18 @@ from typing import Any
 
 import click
 
+from benchmarks.curve_data import (
+    STUDENT_DATA,
+    TEACHER_DATA,
+    first_rows,
+    prepare_datasets,
+)
 from benchmarks.curve_report import ARMS, checks, compare, curves_of, markdown, plot
 from benchmarks.curve_runs import LIMITS, PROFILES, SLUG, run_jobs, student_job
 from common import logs
 from common.config import PROJECT_ROOT, load_config, named_config
 from common.files import write_json
 from common.provenance import git_sha
-from datastore.data_config import DataConfig
 from datastore.teacher import TeacherConfig
 
 RESULTS = Path(__file__).parent / "results"
@@ -51,47 +58,37 @@ def main(context: click.Context, work: Path, device: str) -> None:
 
 @main.command()
 @click.option("--valid-fraction", default=0.12)
+@click.option("--student-share", default=0.2, help="Of the train documents, for the students.")
 @click.option("--rows", type=int, default=None, help="Only so many rows, for trials.")
 @click.pass_obj
-def prepare(given: dict[str, Any], valid_fraction: float, rows: int | None) -> None:
-    """Build the dataset from the real rows."""
-    from datastore.build import build_dataset
-
-    source = Path(os.environ["VPMOE_SYNTH"]) / "synth_*.parquet"
-    overrides = [
-        f"source.files=['{_first_rows(given['work'], source, rows)}']",
-        f"split.valid_fraction={valid_fraction}",
-        "seq_len=2048",
-        f"out={given['work'] / 'data'}",
-    ]
-    config = load_config(DataConfig, PROJECT_ROOT / "configs/data/demo.yaml", overrides)
-    manifest = build_dataset(config, workers=1)
-    for split, counts in manifest.counts.items():
-        click.echo(f"{split}: {counts.resolved()}")
-
-
-def _first_rows(work: Path, source: Path, rows: int | None) -> Path:
-    if rows is None:
-        return source
-    import pyarrow.parquet as pq
-
-    path = work / "source" / "first.parquet"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pq.read_table(min(source.parent.glob(source.name))).slice(0, rows), path)
-    return path
+def prepare(
+    given: dict[str, Any], valid_fraction: float, student_share: float, rows: int | None
+) -> None:
+    """Build both datasets from the real rows: the teacher's and, with fewer train documents, the students'."""
+    work, sources = given["work"], sorted(Path(os.environ["VPMOE_SYNTH"]).glob("synth_*.parquet"))
+    if not sources:
+        raise click.ClickException("VPMOE_SYNTH names a folder without synth_*.parquet")
+    if rows is not None:
+        sources = [first_rows(work, sources[0], rows)]
+    shares = {"valid_fraction": valid_fraction, "student_share": student_share}
+    for name, manifest in prepare_datasets(work, sources, **shares).items():
+        for split, counts in manifest.counts.items():
+            click.echo(f"{name} {split}: {counts.resolved()}")
 
 
 @main.command()
-@click.option("--steps", default=600)
+@click.option("--steps", default=260)
 @click.option("--hidden", default=512)
 @click.option("--layers", default=6)
 @click.option("--experts", default=4)
-@click.option("--lr", default=1e-3)
+@click.option("--lr", default=1e-3, help="AdamW: embeddings, lm_head, norms, biases, sinks.")
+@click.option("--normuon-lr", default=1e-2, help="NorMuon: the layers' matrices.")
 @click.option("--dropouts", default="0.1,0.2,0.3", help="One teacher each; the best is kept.")
 @click.option("--weight-decay", default=0.1)
 @click.option("--batch-documents", default=16)
-@click.option("--every", default=20, help="Steps between evaluations.")
-@click.option("--max-sec", default=60.0, help="Of each teacher.")
+@click.option("--every", default=10, help="Steps between evaluations.")
+@click.option("--patience", default=4, help="Evaluations without a better one, then it stops.")
+@click.option("--max-sec", default=45.0, help="Of each teacher.")
 @click.pass_obj
 def teacher(
     given: dict[str, Any], hidden: int, layers: int, experts: int, dropouts: str, **plan: Any
@@ -111,19 +108,19 @@ def teacher(
         TeacherPlan(shape=shape, device=given["device"], dropout=float(dropout), **plan)
         for dropout in dropouts.split(",")
     ]
-    made = train_curve_teacher(folder, given["work"] / "data", plans)
+    made = train_curve_teacher(folder, given["work"] / TEACHER_DATA, plans)
     click.echo(f"valid CE {made['valid_ce']:.4f}, step {made['best_step']}: {made['plan']}")
 
 
 @main.command()
 @click.pass_obj
 def score(given: dict[str, Any]) -> None:
-    """Score both splits with the teacher, through the real codec, gates and manifest."""
+    """Score both splits of the students' dataset with the teacher, through the real codec, gates and manifest."""
     from benchmarks.torch_teacher import start_engine
     from datastore.score import score_dataset
 
     manifest = score_dataset(
-        given["work"] / "data", _teacher_config(given), engines=1, start=start_engine
+        given["work"] / STUDENT_DATA, _teacher_config(given), engines=1, start=start_engine
     )
     click.echo(json.dumps({"counts": manifest.counts, "budget": manifest.budget}, indent=2))
 
@@ -139,8 +136,8 @@ def _teacher_config(given: dict[str, Any]) -> TeacherConfig:
 
 
 @main.command()
-@click.option("--steps", default=200)
-@click.option("--every", default=20, help="Steps between evaluations.")
+@click.option("--steps", default=120)
+@click.option("--every", default=10, help="Steps between evaluations.")
 @click.option("--eval-rows", default=24, help="Valid rows: whole micro-batches, one shape.")
 @click.option("--seeds", default="0,1,2")
 @click.option("--kd-weight", default=1.0, help="Of the KD arm.")
@@ -248,13 +245,14 @@ def noise(
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.pass_obj
 def pack(given: dict[str, Any], out: Path) -> None:
-    """Dataset, targets and the teacher's provenance as a tar in parts of 15 MiB.
+    """Both datasets, the targets and the teacher's provenance as a tar in parts of 15 MiB.
 
     `cat OUT/data.tar.* | tar x -C WORK` gives a WORK where `students` goes on.
     """
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
-        tar.add(given["work"] / "data", "data", filter=_without_work)
+        for name in (TEACHER_DATA, STUDENT_DATA):
+            tar.add(given["work"] / name, name, filter=_without_work)
         tar.add(given["work"] / "teacher" / "provenance.json", "teacher/provenance.json")
     whole = buffer.getvalue()
     out.mkdir(parents=True, exist_ok=True)
