@@ -166,6 +166,7 @@ class KDRun:
 
     def _evaluate(self, step: int, log: RunLog, watch: Watch) -> None:
         progress = partial(watch.phase, f"evaluation at step {step}")
+        progress()  # the first rows are read before the first batch is told
         values = evaluate(self.trainer, self.data, self.config, progress)
         log.write(step, values, eval_line(step, values))
 

@@ -84,7 +84,7 @@ class Watch:
         if error is None:
             self._leave("")
             self._signals.restore()
-        elif isinstance(error, ConfigError) or getattr(error, "collective", False):
+        elif _collective(error) and not _of_peers(error):
             self._leave(str(error))
         elif not self._alone:
             if _of_peers(error):
@@ -92,9 +92,10 @@ class Watch:
             self._told_by_main = True
             if not self._propose(stacks=False):
                 self._end()
-            time.sleep(
-                2 * self._beat_sec
-            )  # until the others have read it: the store may end with this process
+            if _collective(error) and self._topology.rank:  # common/cli.py would leave it to rank 0
+                os.write(2, f"error: {error}\n".encode())
+            # Until the others have read it: the store may end with this process.
+            time.sleep(2 * self._beat_sec)
             self._leave(str(error))
         # After an error the signals stay caught: torchrun ends all ranks once one has left, before rank 0 has spoken.
 
@@ -277,6 +278,11 @@ class Watch:
         self._kick.set()
         for thread in self._threads:
             thread.join(self._beat_sec)
+
+
+def _collective(error: BaseException) -> bool:
+    """Whether every rank raises it; rank 0 tells it (common/cli.py)."""
+    return isinstance(error, ConfigError) or getattr(error, "collective", False)
 
 
 def _of_peers(error: BaseException | None) -> bool:
