@@ -41,12 +41,17 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--folder", type=Path, required=True, help="on the disk to measure")
     parser.add_argument("--raw-gib", type=float, default=8.0, help="size of the raw file")
+    parser.add_argument("--saves", type=int, default=2, help="of each kind, in turn")
     parser.add_argument("--no-asynchronous", action="store_true", help="too little host memory")
     parser.add_argument("--name", default="", help="of the result file; not written without one")
     arguments = parser.parse_intermixed_args()
     config = load_config(KDConfig, arguments.config, tuple(arguments.overrides))
     figures, rank = measure(
-        config, arguments.folder, arguments.raw_gib, asynchronous=not arguments.no_asynchronous
+        config,
+        arguments.folder,
+        arguments.raw_gib,
+        saves=arguments.saves,
+        asynchronous=not arguments.no_asynchronous,
     )
     if rank:
         return
@@ -64,7 +69,7 @@ def main() -> None:
 
 
 def measure(
-    config: KDConfig, folder: Path, raw_gib: float, *, asynchronous: bool
+    config: KDConfig, folder: Path, raw_gib: float, *, saves: int, asynchronous: bool
 ) -> tuple[dict[str, Any], int]:
     """The figures, and this process's rank."""
     from trainer.megatron.checkpoint import load_checkpoint
@@ -82,9 +87,9 @@ def measure(
         }
         topology.barrier()
         figures: dict[str, Any] = {"layout": topology.layout(), "raw_bytes_per_sec": raw}
-        figures["save"] = _saves(trainer, folder, asynchronous=False)
+        figures["save"] = _saves(trainer, folder, saves, asynchronous=False)
         if asynchronous:
-            figures["asynchronous_save"] = _saves(trainer, folder, asynchronous=True)
+            figures["asynchronous_save"] = _saves(trainer, folder, saves, asynchronous=True)
         for name, load in (
             ("load", lambda: load_checkpoint(folder, trainer)),
             ("load_weights", lambda: load_weights(folder, trainer.student)),
@@ -110,13 +115,13 @@ def _make_moments(trainer: Any) -> None:
     trainer.optimizer.step_with_ready_grads()
 
 
-def _saves(trainer: Any, folder: Path, *, asynchronous: bool) -> dict[str, Any]:
-    """Two saves in turn, the first with whatever is made once; only the newest is kept on disk."""
+def _saves(trainer: Any, folder: Path, saves: int, *, asynchronous: bool) -> dict[str, Any]:
+    """Saves in turn, the first with whatever is made once; only the newest is kept on disk."""
     from trainer.megatron.checkpoint_write import CheckpointWriter
 
     writer = CheckpointWriter(folder, trainer, keep=1, asynchronous=asynchronous)
     found: dict[str, Any] = {"reserve_sec": _timed(writer.reserve, trainer.topology)}
-    for name in ("first", "second"):
+    for number in range(1, saves + 1):
         if trainer.topology.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -126,9 +131,11 @@ def _saves(trainer: Any, folder: Path, *, asynchronous: bool) -> dict[str, Any]:
         while saved is None:
             time.sleep(0.05)
             saved = writer.poll()
-        found[name] = {
+        found[f"save {number}"] = {
             key.removeprefix("checkpoint/"): value for key, value in saved.values.items()
         }
+        if trainer.topology.rank == 0:
+            print(saved.line(), flush=True)
     return found
 
 
@@ -167,9 +174,10 @@ def _with_floors(figures: dict[str, Any]) -> None:
         way: max(speeds[way] for speeds in figures["raw_bytes_per_sec"].values())
         for way in ("write", "read")
     }
-    size = figures["save"]["first"]["bytes"]
-    for name in ("save", "asynchronous_save"):
-        for saved in (figures[name][key] for key in ("first", "second") if name in figures):
+    size = figures["save"]["save 1"]["bytes"]
+    kinds = [figures[name] for name in ("save", "asynchronous_save") if name in figures]
+    for kind in kinds:
+        for saved in (kind[key] for key in kind if key.startswith("save ")):
             saved["gb_per_sec"] = size / saved["write_sec"] / 1e9
             saved["floor_sec"] = size / raw["write"]
     figures["load"] |= {

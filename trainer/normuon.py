@@ -37,8 +37,8 @@ SAFETY, TINY = (
     2e-2,
     1e-6,
 )  # the norm is taken 2 % too large, so that rounding leaves no value above 1
-# Temporaries of a chunk: U in fp32, X twice, the two k x k products, at most 20 bytes a weight (fp32, square
-# matrices). 2^25 weights are one expert tensor [256, 128, 1024]: 12 bytes a weight there with bf16, 384 MiB.
+# Temporaries of a chunk: U and its scaled copy in fp32, X twice, the two k x k products, at most 20 bytes a weight
+# (fp32, square matrices). 2^25 weights are one expert tensor [256, 128, 1024]: 12 bytes a weight there with bf16.
 CHUNK_WEIGHTS = 1 << 25
 
 
@@ -49,8 +49,8 @@ def polar_express(U_Bmn: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     with A = X^T X when m > n. A zero matrix stays zero.
     """
     norm_B11 = torch.linalg.vector_norm(U_Bmn, dim=(-2, -1), keepdim=True)
-    X_Bmn = torch.empty_like(U_Bmn, dtype=dtype)
-    torch.mul(U_Bmn, (norm_B11 * (1 + SAFETY) + TINY).reciprocal(), out=X_Bmn)
+    # Two kernels: one that multiplies with a broadcast and converts took 89 ms of a full step's 347 (H200).
+    X_Bmn = (U_Bmn * (norm_B11 * (1 + SAFETY) + TINY).reciprocal()).to(dtype)
     wide = U_Bmn.shape[-2] <= U_Bmn.shape[-1]
     for a, b, c in POLAR_EXPRESS:
         A_Bkk = X_Bmn @ X_Bmn.mT if wide else X_Bmn.mT @ X_Bmn
