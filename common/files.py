@@ -41,7 +41,7 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
         with os.fdopen(fd, "wb") as handle:
             yield handle
             handle.flush()
-            os.fchmod(handle.fileno(), 0o666 & ~_umask())
+            os.fchmod(handle.fileno(), 0o666 & ~umask())
             os.fsync(handle.fileno())
         os.replace(tmp, path)
     except BaseException:
@@ -108,7 +108,8 @@ def exclusive_lock(path: Path, purpose: str) -> Iterator[None]:
         yield
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The permissions that new files of this process go without."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

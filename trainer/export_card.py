@@ -51,5 +51,7 @@ def model_card(student: StudentConfig, source: dict[str, Any], seq_len: int) -> 
         experts=student.experts,
         topk=student.experts_per_token,
         seq_len=seq_len,
-        facts="\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in source.items()),
+        facts="\n".join(
+            f"| {key.replace('_', ' ')} | {value} |" for key, value in source.items() if value
+        ),
     )

@@ -106,6 +106,8 @@ def test_no_weight_file_exceeds_the_limit(
     shards = plan_shards(found, torch.bfloat16, limit)
     assert [entry for shard in shards for entry in shard] == found
     assert len(files) == len(shards) == (len(found) if limit == 1 else len(shards))
+    (tmp_path / "plain").touch()
+    assert {file.stat().st_mode for file in files} == {(tmp_path / "plain").stat().st_mode}
     read = {name: tensor for file in files for name, tensor in load_file(file).items()}
     for entry in found:
         wide = torch.float32 if entry.always_fp32 else torch.bfloat16
