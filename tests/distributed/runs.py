@@ -38,7 +38,7 @@ def write_run_config(folder: Path) -> Path:
         steps=STEPS,
         batch={"global_batch_size": 4, "micro_batch_size": 2},
         kd_share=0.75,
-        optimizer={"lr": 1e-2},
+        optimizer={"lr": 1e-2, "normuon": {"lr": 2e-2}},
         schedule={"kind": "cosine", "warmup": 2},
         checkpoint={"every": 3, "keep": 2},
         eval={"every": 4, "rows": 5},
