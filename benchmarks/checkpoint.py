@@ -80,24 +80,23 @@ def measure(
     with distributed(config.device, config.parallel, config.seed) as topology:
         trainer = Trainer(config, topology, SEQ_LEN)
         _make_moments(trainer)
-        before = _fingerprint(trainer.student)
+        before = _weights(trainer.student)
         raw = {
             f"{files} files": raw_speed(folder, int(raw_gib * GIB), files)
             for files in ((1, 4) if topology.rank == 0 else ())
         }
         topology.barrier()
         figures: dict[str, Any] = {"layout": topology.layout(), "raw_bytes_per_sec": raw}
-        figures["save"] = _saves(trainer, folder, saves, asynchronous=False)
-        if asynchronous:
-            figures["asynchronous_save"] = _saves(trainer, folder, saves, asynchronous=True)
-        for name, load in (
-            ("load", lambda: load_checkpoint(folder, trainer)),
-            ("load_weights", lambda: load_weights(folder, trainer.student)),
-        ):
-            _clear(trainer.student)
-            _drop_from_cache(folder, topology)
-            figures[name] = {"seconds": _timed(load, topology)}
-            figures[name]["weights_equal"] = _fingerprint(trainer.student) == before
+        for kind in ("save", "asynchronous_save")[: 1 + asynchronous]:
+            figures[kind] = _saves(trainer, folder, saves, asynchronous=kind != "save")
+            for name, load in (
+                ("load", lambda: load_checkpoint(folder, trainer)),
+                ("load_weights", lambda: load_weights(folder, trainer.student)),
+            ):
+                _clear(trainer.student)
+                _drop_from_cache(folder, topology)
+                figures[kind][name] = {"seconds": _timed(load, topology)}
+                figures[kind][name]["unequal"] = _unequal(before, _weights(trainer.student))
         if topology.rank == 0:
             shutil.rmtree(folder)
             _with_floors(figures)
@@ -175,15 +174,14 @@ def _with_floors(figures: dict[str, Any]) -> None:
         for way in ("write", "read")
     }
     size = figures["save"]["save 1"]["bytes"]
-    kinds = [figures[name] for name in ("save", "asynchronous_save") if name in figures]
-    for kind in kinds:
+    for kind in (figures[name] for name in ("save", "asynchronous_save") if name in figures):
         for saved in (kind[key] for key in kind if key.startswith("save ")):
             saved["gb_per_sec"] = size / saved["write_sec"] / 1e9
             saved["floor_sec"] = size / raw["write"]
-    figures["load"] |= {
-        "gb_per_sec": size / figures["load"]["seconds"] / 1e9,
-        "floor_sec": size / raw["read"],
-    }
+        kind["load"] |= {
+            "gb_per_sec": size / kind["load"]["seconds"] / 1e9,
+            "floor_sec": size / raw["read"],
+        }
 
 
 def _timed(work: Callable[[], Any], topology: Any) -> float:
@@ -210,8 +208,26 @@ def _forget(path: Path) -> None:
     os.close(fd)
 
 
-def _fingerprint(student: Any) -> list[float]:
-    return [float(p.detach().double().square().sum()) for p in student.parameters()]
+def _weights(student: Any) -> dict[str, Any]:
+    """Copies of all parameters of this rank, and of their fp32 masters."""
+    found = {}
+    for name, parameter in student.named_parameters():
+        found[name] = parameter.detach().clone()
+        if hasattr(parameter, "main_param"):
+            found[f"{name} (master)"] = parameter.main_param.detach().clone()
+    return found
+
+
+def _unequal(before: dict[str, Any], after: dict[str, Any]) -> dict[str, str]:
+    """What differs on this rank, and how; empty when every bit is back."""
+    import torch
+
+    return {
+        name: f"{int((value != after[name]).sum())} of {value.numel()} numbers, "
+        f"{int((~torch.isfinite(value)).sum())} not finite before, {int((~torch.isfinite(after[name])).sum())} after"
+        for name, value in before.items()
+        if not torch.equal(value, after[name])
+    }
 
 
 def _clear(student: Any) -> None:

@@ -126,10 +126,10 @@ def _wrapped(
     plain = _normuon(config, groups) if entry.normuon else _adamw(config, groups)
     init = _init_normuon if entry.normuon else _init_adamw
     if config.precision == "bf16" and not entry.fp32:
-        half = _Float16WithRows if entry.normuon else Float16OptimizerWithFloat16Params
+        half = _Float16WithRows if entry.normuon else _Float16WithStep
         wrapped = half(plain, megatron, None, init)
     else:
-        whole = _FP32WithRows if entry.normuon else FP32Optimizer
+        whole = _FP32WithRows if entry.normuon else _FP32WithStep
         wrapped = whole(plain, megatron, init)
     wrapped.grad_stats_parallel_group = (
         parallel_state.get_expert_tensor_model_pipeline_parallel_group()
@@ -232,6 +232,29 @@ def _sharded_rows(momentum: ShardedTensor, rows: torch.Tensor) -> ShardedTensor:
         global_offset=momentum.global_offset[:-1],
         axis_fragmentations=momentum.axis_fragmentations[:-1],
     )
+
+
+class _StepOnHost:
+    """AdamW's step count on the host in checkpoints, to be mixed in before one of Megatron's wrappers.
+
+    Fused AdamW keeps it on its GPU; Megatron compares it between ranks and takes another device for another value.
+    """
+
+    def sharded_state_dict(self, *arguments: Any, **keywords: Any) -> dict[str, Any]:
+        """As of the wrapper."""
+        sharded = super().sharded_state_dict(*arguments, **keywords)
+        state = sharded.get("optimizer", sharded)["state"]
+        if "common_step" in state:
+            state["common_step"] = state["common_step"].cpu()
+        return sharded
+
+
+class _FP32WithStep(_StepOnHost, FP32Optimizer):
+    """Megatron's FP32Optimizer around AdamW."""
+
+
+class _Float16WithStep(_StepOnHost, Float16OptimizerWithFloat16Params):
+    """Megatron's Float16OptimizerWithFloat16Params around AdamW."""
 
 
 class _FP32WithRows(_RowStatistics, FP32Optimizer):
