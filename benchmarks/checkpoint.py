@@ -1,6 +1,6 @@
 """Checkpoints of a student: save, asynchronous save, load, against the raw speed of the same folder.
 
-    python -m benchmarks.checkpoint configs/base.yaml parallel.expert=1 --folder /scratch/ckpt --name one-h200
+    python -m benchmarks.checkpoint configs/base.yaml --folder /scratch/ckpt --name one-h200
     torchrun --nproc-per-node 2 -m benchmarks.checkpoint configs/base.yaml parallel.expert=2 --folder /scratch/ckpt
     python -m benchmarks.checkpoint configs/demo.yaml --folder /tmp/ckpt
 

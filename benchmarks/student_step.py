@@ -1,6 +1,6 @@
 """One training step of a student on this machine's devices: memory by part, time by phase, tokens/s, MFU, kernels.
 
-    python -m benchmarks.student_step configs/base.yaml parallel.expert=1 --steps 20
+    python -m benchmarks.student_step configs/base.yaml --steps 20
     torchrun --nproc-per-node 2 -m benchmarks.student_step configs/base.yaml parallel.expert=2 --steps 20
 
 Builds the run as `vpmoe-train kd` does (same data, student, optimizer, step; no checkpoint) and takes real steps.
