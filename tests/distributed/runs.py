@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -18,33 +19,41 @@ PROGRAM = str(Path(sys.executable).with_name("vpmoe-train"))
 
 
 def write_run_config(folder: Path) -> Path:
-    """A dataset of which every other row is scored, and a config that trains a very small student on it.
-
-    Three of four rows of a global batch use targets, so the stream mixes two orders.
+    """A run of which every other row is scored and three of four rows of a global batch use targets, so that the
+    stream mixes two orders.
     """
-    rows = [made.pack([made.document(number % 6)], SEQ_LEN) for number in range(28)]
-    made.write_dataset(
-        folder / "data", {"train": [rows[:14], rows[14:21]], "valid": [rows[21:]]}, seq_len=SEQ_LEN
-    )
-    made.write_targets(folder / "data", unscored=tuple(range(0, 21, 2)))
-    student = tiny_config().student.resolved() | {
-        "vocab_size": 201_088,
-        "hidden": 16,
-        "head_dim": 4,
-    }
-    config = tiny_config(
-        dataset=str(folder / "data"),
-        student=student,
+    return write_config(
+        folder,
+        unscored=tuple(range(0, 21, 2)),
         steps=STEPS,
-        batch={"global_batch_size": 4, "micro_batch_size": 2},
         kd_share=0.75,
         optimizer={"lr": 1e-2, "normuon": {"lr": 2e-2}},
         schedule={"kind": "cosine", "warmup": 2},
         checkpoint={"every": 3, "keep": 2},
         eval={"every": 4, "rows": 5},
     )
+
+
+def write_config(folder: Path, *, unscored: tuple[int, ...] = (), **changes: Any) -> Path:
+    """A dataset of 21 train rows in two shards, and a config that trains a very small student on it."""
+    rows = [made.pack([made.document(number % 6)], SEQ_LEN) for number in range(28)]
+    made.write_dataset(
+        folder / "data", {"train": [rows[:14], rows[14:21]], "valid": [rows[21:]]}, seq_len=SEQ_LEN
+    )
+    made.write_targets(folder / "data", unscored=unscored)
+    student = tiny_config().student.resolved() | {
+        "vocab_size": 201_088,
+        "hidden": 16,
+        "head_dim": 4,
+    }
+    values = {
+        "dataset": str(folder / "data"),
+        "student": student,
+        "batch": {"global_batch_size": 4, "micro_batch_size": 2},
+        "optimizer": {"lr": 1e-2},
+    }
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config.resolved()))
+    path.write_text(yaml.safe_dump(tiny_config(**values | changes).resolved()))
     return path
 
 

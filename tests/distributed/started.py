@@ -12,38 +12,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from tests.datastore import conftest as made
-from tests.distributed.runs import SEQ_LEN, environment, records
-from tests.trainer.megatron.tiny import tiny_config
+from tests.distributed.runs import environment, records
 
 _START_SEC = 240.0  # imports and the first step of several processes on a busy machine
-
-
-def write_config(folder: Path, **changes: Any) -> Path:
-    """A dataset of 21 train rows in two shards, and a config that trains a very small student on it."""
-    rows = [made.pack([made.document(number % 6)], SEQ_LEN) for number in range(28)]
-    made.write_dataset(
-        folder / "data", {"train": [rows[:14], rows[14:21]], "valid": [rows[21:]]}, seq_len=SEQ_LEN
-    )
-    made.write_targets(folder / "data")
-    student = tiny_config().student.resolved() | {
-        "vocab_size": 201_088,
-        "hidden": 16,
-        "head_dim": 4,
-    }
-    values = {
-        "dataset": str(folder / "data"),
-        "student": student,
-        "batch": {"global_batch_size": 4, "micro_batch_size": 2},
-        "optimizer": {"lr": 1e-2},
-    }
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(tiny_config(**values | changes).resolved()))
-    return path
 
 
 class Processes:

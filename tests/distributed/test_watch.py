@@ -14,11 +14,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed.checkpoint as dcp
 
-from tests.distributed.runs import PROGRAM, records
-from tests.distributed.started import newest, plain, steps, torchrun, write_config
+from tests.distributed import stored
+from tests.distributed.runs import PROGRAM, records, write_config
+from tests.distributed.started import newest, plain, steps, torchrun
 
 pytestmark = pytest.mark.slow
 STEPS, EVERY, SOON_SEC = 9, 4, 60.0
@@ -58,26 +57,12 @@ def _go_on(config: Path, run: Path, whole: Path) -> None:
     """The same command ends the run, and the run ends as if nothing had stopped it, bit by bit."""
     with torchrun(2, PROGRAM, "kd", str(config), f"run={run}") as started:
         assert started.codes(300) == [0], started.said()
-    expected, got = _state(whole), _state(run)
-    assert expected.keys() == got.keys() and len(expected) > 100
-    assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
+    stored.assert_same_tensors(*(stored.newest(of / "checkpoints") for of in (whole, run)))
     assert _losses(run) == _losses(whole)
 
 
 def _losses(run: Path) -> list[tuple[int, float]]:
     return [(of["step"], of["loss/total"]) for of in records(run) if "loss/total" in of]
-
-
-def _state(run: Path) -> dict[str, torch.Tensor]:
-    folder = run / "checkpoints" / f"step-{newest(run):08d}"
-    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    tensors = {
-        name: torch.empty(of.size, dtype=of.properties.dtype)
-        for name, of in saved.items()
-        if hasattr(of, "size")
-    }
-    dcp.load(tensors, checkpoint_id=folder, no_dist=True)
-    return tensors
 
 
 def test_a_killed_rank_ends_the_run_with_one_message_and_it_goes_on(endless: Path) -> None:
@@ -195,7 +180,7 @@ def test_a_nan_on_one_rank_stops_all_and_costs_no_step(config: Path, whole: Path
 
 def test_a_rate_too_high_is_told_with_the_way_out_and_comes_again(config: Path) -> None:
     run = config.parent / "diverged"
-    command = (PROGRAM, "kd", str(config), f"run={run}", "optimizer.lr=1.0e+37")
+    command = (PROGRAM, "kd", str(config), f"run={run}", "optimizer.lr=1.0e+35")
     for _ in range(2):
         with torchrun(2, *command) as started:
             assert started.codes(300) == [1]
