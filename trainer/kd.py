@@ -15,6 +15,7 @@ from trainer.config import KDConfig
 from trainer.data import Loader, RunData
 from trainer.eval import evaluate
 from trainer.megatron.checkpoint_write import CheckpointWriter, SaveReport
+from trainer.megatron.replicas import require_equal_replicas
 from trainer.megatron.start import resume, stored_progress, take_from
 from trainer.megatron.step import Clock, StepReport, Trainer
 from trainer.megatron.topology import Topology, check_run, distributed
@@ -88,6 +89,7 @@ class KDRun:
         """The loop. A step ends by its report or by a RunStopped, which every rank raises and which loses nothing."""
         config = self.config
         start, stream = self._start()
+        require_equal_replicas(self.trainer.student)
         loader = self._loader(stream)
         log = RunLog(self.folder, self.topology.rank, resumed_step=start)
         watch.finished(start)
