@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -82,6 +83,16 @@ def test_batches_equal_the_formula_matrix_by_matrix(dtype, bound) -> None:
         assert error < bound * np.linalg.norm(expected), SHAPES[number]
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Several threads cut batched products by their number of matrices."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("chunk_weights", [1, 240, 1000, 1 << 25])
 def test_stacking_and_chunks_change_no_bit(chunk_weights) -> None:
     """With 240 a chunk holds two matrices of (6, 20), and cuts the stack of five."""
@@ -99,6 +110,7 @@ def test_stacking_and_chunks_change_no_bit(chunk_weights) -> None:
         assert torch.equal(one, batched)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_part_of_a_stack_moves_as_within_it() -> None:
     """What expert parallelism does: two ranks with a half of the experts each."""
     generator = torch.Generator().manual_seed(2)
