@@ -11,6 +11,7 @@ import faulthandler
 import itertools
 import json
 import logging
+import math
 import os
 import sys
 import threading
@@ -50,7 +51,7 @@ class Watch:
         self._peers = Peers(config.silent_sec)
         # The judge's clock: it stands still while this process does, so a suspended machine blames nobody.
         self._awake_sec = self._heard_sec = 0.0
-        self._suspended = False
+        self._woke_at = -math.inf  # when this process last went on after it had stood still
         self._step, self._phase, self._left = 0, ("starting", 0.0), None
         self._lost: str | None = None
         self._proposal = self._verdict = ""
@@ -184,7 +185,8 @@ class Watch:
             if self._told_by_main:
                 return
             now = time.monotonic()
-            self._suspended |= now - last > self._config.silent_sec
+            if now - last > self._config.silent_sec:
+                self._woke_at = now
             self._awake_sec += min(now - last, 4 * _TICK_SEC)
             last = now
             if self._verdict:
@@ -218,9 +220,10 @@ class Watch:
         return f"nothing was finished for {seconds:.0f} s ({where})"
 
     def _stop(self, cause: str, *, stacks: bool = False) -> NoReturn:
-        # A process that stood still was the silent one: the others have told it.
-        stood_still = self._suspended and not self._alone
-        if self._propose(stacks=stacks) and not stood_still:
+        # A process that has just stood still was the silent one: the others have told it.
+        just_woke = time.monotonic() - self._woke_at <= self._config.silent_sec
+        mute = just_woke and not self._alone and not stacks
+        if self._propose(stacks=stacks) and not mute:
             line = f"error: {cause}; step {self._step} was the last finished; {self._advice()}.\n"
             os.write(2, line.encode())
         self._end()
