@@ -43,8 +43,8 @@ def matrix_shapes(student: StudentConfig) -> Counter[Shape]:
     """Shapes [m, n] and [E, m, n] of everything that NorMuon updates, with how often each is there."""
     D, F, S = student.hidden, student.expert_width, student.shared_width
     heads, groups = student.heads * student.head_dim, student.kv_groups * student.head_dim
-    global_layers = student.layers // student.global_every
-    local_layers, experts = student.layers - global_layers, student.layers - student.dense_layers
+    global_layers, local_layers = student.global_layers, student.local_layers
+    experts = student.layers - student.dense_layers
     shapes: Counter[Shape] = Counter()
     shapes[D, heads] += student.layers
     shapes[heads + 2 * groups, D] += global_layers if student.tpa else student.layers

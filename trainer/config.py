@@ -49,6 +49,17 @@ class ModelRuntime(Config):
     deterministic: bool = False
     recompute: bool = False
 
+    @staticmethod
+    def on_cpu(precision: Literal["fp32", "bf16"]) -> ModelRuntime:
+        """The plain forms, which run in any process."""
+        return ModelRuntime(
+            device="cpu",
+            transformer_impl="local",
+            core_attention="dense",
+            expert_compute="loop",
+            precision=precision,
+        )
+
     @model_validator(mode="after")
     def _runs_there(self) -> Self:
         cuda = self.device == "cuda"

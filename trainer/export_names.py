@@ -184,7 +184,7 @@ def _layer(student: StudentConfig, layer: int) -> list[Entry]:
 
 def _attention(student: StudentConfig, layer: int, hf: str, own: str) -> list[Entry]:
     D, size, heads = student.hidden, student.head_dim, student.heads
-    local = (layer + 1) % student.global_every != 0
+    local = not student.is_global(layer + 1)
     found = (
         _tensor_products(student, hf, f"{own}linear_qkv.")
         if local and student.tpa is not None

@@ -16,6 +16,7 @@ row of one document.
 
 from __future__ import annotations
 
+from trainer.parameters import map_rows
 from trainer.student_config import StudentConfig
 
 _PEAK_BF16 = {"H100 80GB HBM3": 989.4e12, "H200": 989.4e12}
@@ -33,14 +34,13 @@ def forward_flops(student: StudentConfig, seq_len: int) -> dict[str, float]:
     window = min(student.window, seq_len)
     seen_local = window - window * (window - 1) / (2 * seq_len)
     seen_global = (seq_len + 1) / 2
-    global_layers = student.layers // student.global_every
-    local_layers = student.layers - global_layers
-    factored = student.tpa is not None
-    weights = (
-        local_layers * _projection_weights(student, factored=factored)
-        + global_layers * _projection_weights(student, factored=False)
-        + _mlp_weights(student)
+    global_layers, local_layers = student.global_layers, student.local_layers
+    rows = (
+        local_layers * map_rows(student, factored=student.tpa is not None)
+        + global_layers * map_rows(student, factored=False)
+        + student.layers * heads  # the output projection
     )
+    weights = student.hidden * rows + _mlp_weights(student)
     return {
         "matrices": 2.0 * weights,
         "tpa": 2.0 * student.head_dim * local_layers * _tpa_ranks(student),
@@ -62,15 +62,6 @@ def peak_bf16_flops(device_name: str) -> float | None:
     if any(form in device_name for form in _OTHER_FORMS):
         return None
     return next((peak for name, peak in _PEAK_BF16.items() if name in device_name), None)
-
-
-def _projection_weights(student: StudentConfig, *, factored: bool) -> int:
-    hd, heads, groups = student.head_dim, student.heads, student.kv_groups
-    out = (heads + 2 * groups) * hd
-    if factored and student.tpa is not None:
-        rank, kv_rank = student.tpa.q_rank, student.tpa.kv_rank
-        out = heads * rank + 2 * groups * kv_rank + (rank + 2 * kv_rank) * hd
-    return student.hidden * (out + heads * hd)
 
 
 def _mlp_weights(student: StudentConfig) -> int:

@@ -33,15 +33,18 @@ def parameter_table(student: StudentConfig) -> list[Component]:
     """
     D, hd = student.hidden, student.head_dim
     layers, moe = student.layers, student.layers - student.dense_layers
-    local = layers - layers // student.global_every
     residual = 0 if student.value_residual is None else layers - 1
     rows = [
         ("routed_experts", moe * student.experts, _mlp(D, student.expert_width)),
         ("embedding", student.vocab_size, D),
         ("lm_head", student.vocab_size, D),
-        ("local_attention", local, _projections(student, factored=student.tpa is not None)),
+        (
+            "local_attention",
+            student.local_layers,
+            _projections(student, factored=student.tpa is not None),
+        ),
         ("shared_experts", moe, _mlp(D, student.shared_width)),
-        ("global_attention", layers - local, _projections(student, factored=False)),
+        ("global_attention", student.global_layers, _projections(student, factored=False)),
         ("routers", moe, student.experts * (D + 1)),
         ("dense_mlp", student.dense_layers, _mlp(D, student.ffn)),
         ("norms", 2 * layers + 1, D),
@@ -81,7 +84,7 @@ def component_of(name: str, student: StudentConfig) -> str:
                 return component
         if "mlp" in parts:
             return "dense_mlp"
-        return "global_attention" if number % student.global_every == 0 else "local_attention"
+        return "global_attention" if student.is_global(number) else "local_attention"
     return _WHOLE_MODEL[parts[0] if parts[0] != "decoder" else parts[1]]
 
 
@@ -108,12 +111,16 @@ _WHOLE_MODEL = {
 def _projections(student: StudentConfig, *, factored: bool) -> int:
     """Query, key, value and output projections of a layer, biases included."""
     D, queries = student.hidden, student.heads * student.head_dim
-    out = queries + 2 * student.kv_groups * student.head_dim
-    maps = out
+    out = map_rows(student, factored=False)
+    return D * map_rows(student, factored=factored) + out + (queries + 1) * D
+
+
+def map_rows(student: StudentConfig, *, factored: bool) -> int:
+    """Rows of a layer's maps of a token to query, key and value, or with TPA to their factors."""
     if factored and student.tpa is not None:
         RQ, R = student.tpa.q_rank, student.tpa.kv_rank
-        maps = student.heads * RQ + 2 * student.kv_groups * R + (RQ + 2 * R) * student.head_dim
-    return D * maps + out + (queries + 1) * D
+        return student.heads * RQ + 2 * student.kv_groups * R + (RQ + 2 * R) * student.head_dim
+    return (student.heads + 2 * student.kv_groups) * student.head_dim
 
 
 def _mlp(hidden: int, inner: int) -> int:

@@ -2,7 +2,7 @@
 
 config.yaml      the resolved config          run.json         versions, git sha, fingerprints, layout
 metrics.jsonl    one line a logged step       tensorboard/     the same numbers
-checkpoints/     see trainer/megatron/checkpoint.py
+checkpoints/     see trainer/checkpoints.py
 """
 
 from __future__ import annotations

@@ -80,6 +80,20 @@ class StudentConfig(Config):
     grape_m: GrapeMConfig | None = None
     value_residual: ValueResidualConfig | None = None
 
+    def is_global(self, number: int) -> bool:
+        """Whether the layer of this number, counted from 1, sees the whole document."""
+        return number % self.global_every == 0
+
+    @property
+    def global_layers(self) -> int:
+        """How many layers are global."""
+        return self.layers // self.global_every
+
+    @property
+    def local_layers(self) -> int:
+        """How many layers are local."""
+        return self.layers - self.global_layers
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         router = self.router

@@ -16,13 +16,7 @@ def built_shapes(student: StudentConfig) -> dict[str, tuple[int, ...]]:
     Starts process groups of one process; so it wants a process that trains nothing. Megatron allocates where
     `torch.cuda.current_device` says, which answers "meta" meanwhile.
     """
-    runtime = ModelRuntime(
-        device="cpu",
-        transformer_impl="local",
-        core_attention="dense",
-        expert_compute="loop",
-        precision="bf16",
-    )
+    runtime = ModelRuntime.on_cpu("bf16")
     with distributed("cpu", ParallelConfig(), seed=0):
         from trainer.megatron.student import build_student
 

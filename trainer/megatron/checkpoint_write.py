@@ -89,7 +89,7 @@ class CheckpointWriter:
         The optimizer must have made a step: its states exist from then on.
         """
         if self.asynchronous:
-            self._staging.reserve([_num_bytes(t) for t in main_tensors(saved_state(self.trainer))])
+            self._staging.reserve([t.nbytes for t in main_tensors(saved_state(self.trainer))])
 
     def save(self, progress: Progress, *, wait: bool = False) -> SaveReport | None:
         """Write step-N with the state of now, move `latest` to it, drop all but the newest `keep`.
@@ -179,7 +179,7 @@ class CheckpointWriter:
     def _staged(self, buckets: list[Any]) -> list[Any]:
         """The buckets with every tensor copied to host memory."""
         tensors = [tensor for _, _, (_, pairs) in buckets for _, tensor in pairs]
-        self._staging.reserve([_num_bytes(tensor) for tensor in tensors])
+        self._staging.reserve([tensor.nbytes for tensor in tensors])
         copies = iter(self._staging.copy(tensors))
         return [
             (path, name, (objects, [(item, next(copies)) for item, _ in pairs]))
@@ -188,7 +188,7 @@ class CheckpointWriter:
 
     def _require_room(self, progress: Progress, state: dict[str, Any]) -> int:
         """Bytes of the checkpoint. Raises UnwrittenError on every rank when the disk has fewer free."""
-        num_bytes = sum(map(_num_bytes, main_tensors(state)))
+        num_bytes = sum(tensor.nbytes for tensor in main_tensors(state))
         total = torch.tensor([num_bytes], dtype=torch.int64, device=self.topology.device)
         dist.all_reduce(total)
         free = torch.tensor([_free_bytes(self.folder)], dtype=torch.int64, device=total.device)
@@ -312,10 +312,6 @@ def _unwritten(folder: Path, step: int, cause: str, free_bytes: int) -> Unwritte
 
 def _last_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[-1]
-
-
-def _num_bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _free_bytes(folder: Path) -> int:

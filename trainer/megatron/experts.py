@@ -57,10 +57,10 @@ class RoutedExperts(MegatronModule):
 
     def forward(
         self, x_ND: torch.Tensor, rows_E: torch.Tensor, gate_N: torch.Tensor
-    ) -> tuple[torch.Tensor, None]:
-        """Rows sorted by expert, rows_E of them for each; returns the gated outputs [N, D] and no bias."""
+    ) -> torch.Tensor:
+        """Rows sorted by expert, rows_E of them for each; returns the gated outputs [N, D]."""
         parameters = (self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
-        return self.compute(x_ND, rows_E, gate_N, *parameters), None
+        return self.compute(x_ND, rows_E, gate_N, *parameters)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -232,7 +232,7 @@ class SharedExpert(MLP):
     """The expert that every token visits. Returns one tensor, the second bias added."""
 
     def __init__(
-        self, config: TransformerConfig, submodules: MLPSubmodules, gate: bool, pg_collection: Any
+        self, config: TransformerConfig, submodules: MLPSubmodules, *, pg_collection: Any
     ) -> None:
         config = copy(config)
         config.ffn_hidden_size = config.moe_shared_expert_intermediate_size

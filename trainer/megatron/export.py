@@ -21,13 +21,7 @@ def stored_weights(
     checkpoints: Path, student: StudentConfig, *, step: int, precision: Literal["fp32", "bf16"]
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Parameters and balancing biases of the checkpoint of `step`; in fp32 the masters of a bf16 run."""
-    runtime = ModelRuntime(
-        device="cpu",
-        transformer_impl="local",
-        core_attention="dense",
-        expert_compute="loop",
-        precision=precision,
-    )
+    runtime = ModelRuntime.on_cpu(precision)
     with distributed("cpu", ParallelConfig(), seed=0):
         model = build_student(student, runtime, ParallelConfig(), seq_len=1)
         load_weights(checkpoints, model, step=step)

@@ -46,7 +46,7 @@ class StudentMoE(MegatronModule):
         num_local = config.num_moe_experts // groups.ep.size()
         self.router = StudentRouter(config=config, pg_collection=groups)
         self.experts = RoutedExperts(num_local, config, compute=compute, pg_collection=groups)
-        self.shared_experts = SharedExpert(config, submodules, gate=False, pg_collection=groups)
+        self.shared_experts = SharedExpert(config, submodules, pg_collection=groups)
 
     def set_layer_number(self, layer_number: int) -> None:
         """TransformerLayer tells it."""
@@ -70,7 +70,7 @@ class StudentMoE(MegatronModule):
         slots = sort_slots(experts_TK, self.config.num_moe_experts)
         x_ND, gate_N = gather_rows(x_TD, slots), gather_gates(gates_TK, slots)
         if self.ep_group.size() == 1:
-            y_ND, _ = self.experts(x_ND, slots.rows_E, gate_N)
+            y_ND = self.experts(x_ND, slots.rows_E, gate_N)
         else:
             y_ND = self._on_their_ranks(x_ND, gate_N, slots.rows_E)
         return sum_slots(y_ND, slots)
@@ -92,7 +92,7 @@ class StudentMoE(MegatronModule):
         )
         slots = sort_slots(expert_M.unsqueeze(1), len(local_L))
         gate_M = gather_gates(gate_M.unsqueeze(1), slots)
-        y_MD, _ = self.experts(gather_rows(x_MD, slots), slots.rows_E, gate_M)
+        y_MD = self.experts(gather_rows(x_MD, slots), slots.rows_E, gate_M)
         return all_to_all(group, sum_slots(y_MD, slots), sent, received)
 
 

@@ -46,7 +46,7 @@ class HostStaging:
         """Copies in host memory, valid until the next call; complete on return. The block must be large enough."""
         copies, start = [], 0
         for tensor in tensors:
-            num_bytes = tensor.numel() * tensor.element_size()
+            num_bytes = tensor.nbytes
             host = torch.from_numpy(self._bytes[start : start + num_bytes])
             copies.append(host.view(tensor.dtype).view(tensor.shape))
             copies[-1].copy_(tensor.detach(), non_blocking=True)

@@ -165,7 +165,7 @@ def _layer_spec(student: StudentConfig, runtime: ModelRuntime, number: int) -> M
     """Layer `number`, counted from 1. Global layers, and all without student.tpa, have the fused projection."""
     part = _parts(runtime)
     dense = number <= student.dense_layers
-    factored = student.tpa is not None and number % student.global_every != 0
+    factored = student.tpa is not None and not student.is_global(number)
     return ModuleSpec(
         module=TransformerLayer if student.value_residual is None else ValueResidualLayer,
         submodules=TransformerLayerSubmodules(
