@@ -13,7 +13,6 @@ from __future__ import annotations
 import glob
 import json
 import os
-import platform
 import resource
 import tempfile
 import time
@@ -24,9 +23,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from benchmarks.report import header
 from common import tokenizer
 from common.config import PROJECT_ROOT
-from common.provenance import package_versions
 from datastore.build import build_dataset
 from datastore.data_config import DataConfig
 from datastore.manifest import DatasetManifest
@@ -108,12 +107,9 @@ def main(rows: int, source: str | None) -> None:
     encode_sec, encode_cpu = np.round(encode, 3).T.tolist()
     build_sec, build_cpu = np.round(build, 3).T.tolist()
     tokens = sum(counts.tokens for counts in manifest.counts.values())
-    result = {
-        "command": f"python -m benchmarks.build --rows {rows}",
-        "date": time.strftime("%Y-%m-%d"),
+    result = header(("tiktoken", "pyarrow", "numpy")) | {
         "rows": {"number": rows, "kind": kind, "documents_tokens": tokens},
-        "machine": {"cpu": platform.machine(), "cores": cores},
-        "versions": package_versions(("tiktoken", "pyarrow", "numpy")),
+        "workers": cores,
         "encode_batch_sec": encode_sec,
         "encode_batch_cpu_sec": encode_cpu,
         "build_sec": build_sec,

@@ -13,7 +13,6 @@ benchmarks/results/checkpoint-NAME.json on rank 0.
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
 import shutil
 import time
@@ -22,9 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import header
 from common.config import load_config
 from common.files import write_json
-from common.provenance import git_sha, package_versions
 from trainer.checkpoints import Progress, find_checkpoint
 from trainer.config import KDConfig
 
@@ -55,13 +54,8 @@ def main() -> None:
     )
     if rank:
         return
-    report = {
-        "what": (__doc__ or "").splitlines()[0],
-        "command": " ".join(["benchmarks.checkpoint", str(arguments.config), *arguments.overrides]),
-        "date": datetime.date.today().isoformat(),
-        "versions": package_versions(("torch", "megatron-core")),
-        "git_sha": git_sha(),
-    } | figures
+    report = {"what": (__doc__ or "").splitlines()[0]}
+    report |= header(("torch", "megatron-core"), device=config.device) | figures
     for key, value in report.items():
         print(f"{key}: {value}", flush=True)
     if arguments.name:

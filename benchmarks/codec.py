@@ -14,7 +14,6 @@ REPEATS runs on one thread; where other programs share the caches the speeds are
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.report import header
 from benchmarks.smollm import SEQ_LEN, Teacher, load_teacher, logprob_chunks
-from common.provenance import package_versions
 from common.tokenizer import VOCAB_SIZE
 from datastore.codec import compress_streams, decode_blob, encode_blob
 from datastore.codec_masses import Shape
@@ -222,12 +221,8 @@ def main() -> None:
                 f"{figures['encode_tokens_per_sec'] / 1e6:5.2f}  decode "
                 f"{figures['decode_tokens_per_sec'] / 1e6:5.2f} M tokens/s"
             )
-    machine = {
-        "cpu": platform.processor() or platform.machine(),
-        **package_versions(("numpy", "zstandard")),
-    }
     RESULT.parent.mkdir(exist_ok=True)
-    report = {"cores": 1, "machine": machine, "results": results}
+    report = header(("numpy", "zstandard")) | {"threads": 1, "results": results}
     RESULT.write_text(json.dumps(report, indent=2) + "\n")
 
 

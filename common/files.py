@@ -18,9 +18,9 @@ _READ_BYTES = 1 << 22
 TMP_PREFIX = ".tmp-"
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make the folder's own entries (a rename, a new file) durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def fsync_path(path: Path) -> None:
+    """Make what is written under `path` durable: a file's bytes, or a folder's own entries (a rename, a new file)."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
@@ -48,7 +48,7 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(tmp)
         raise
-    fsync_folder(path.parent)
+    fsync_path(path.parent)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

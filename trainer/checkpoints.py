@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import FormatError, ResumeError
-from common.files import TMP_PREFIX, fsync_folder, write_bytes, write_json
+from common.files import TMP_PREFIX, fsync_path, write_bytes, write_json
 
 VERSION = 2
 LATEST = "latest"
@@ -113,10 +113,10 @@ def commit(folder: Path, progress: Progress, layout: dict[str, int], keep: int) 
     write_json(unfinished / _OURS, {"version": VERSION, "layout": layout} | asdict(progress))
     for path in unfinished.rglob("*"):
         if path.is_file():
-            _fsync_file(path)
-    fsync_folder(unfinished)
+            fsync_path(path)
+    fsync_path(unfinished)
     os.rename(unfinished, final)
-    fsync_folder(folder)
+    fsync_path(folder)
     write_bytes(folder / LATEST, f"{final.name}\n".encode())
     for old in sorted(folder.glob("step-*"))[:-keep]:
         shutil.rmtree(old)
@@ -130,11 +130,3 @@ def sweep(folder: Path) -> None:
     for path in folder.glob("step-*"):
         if newest is None or path.name > newest.name:
             shutil.rmtree(path)
-
-
-def _fsync_file(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

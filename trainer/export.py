@@ -22,12 +22,13 @@ from common.errors import ConfigError, EngineError, FormatError, ResumeError
 from common.files import (
     TMP_PREFIX,
     exclusive_lock,
-    fsync_folder,
+    fsync_path,
     sha256_file,
     umask,
     write_bytes,
     write_json,
 )
+from common.host import free_host_bytes
 from common.provenance import git_sha
 from datastore.harmony import RenderConfig
 from datastore.manifest import DatasetManifest, load_dataset_manifest
@@ -139,7 +140,7 @@ def write_export(
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    fsync_folder(folder.parent)
+    fsync_path(folder.parent)
 
 
 def write_weights(
@@ -252,21 +253,11 @@ def _require_memory(student: StudentConfig, dtype: str) -> None:
     A checkpoint is read into the model in place: 1.16 GiB of fp32 weights in one file peaked at 2.33 GiB in all.
     """
     weights = sum(entry.size_bytes(DTYPES[dtype]) for entry in entries(student))
-    needed, free = weights + min(SHARD_BYTES, weights) + _PROCESS_BYTES, _free_bytes()
-    if free is not None and needed > free:
+    needed, free = weights + min(SHARD_BYTES, weights) + _PROCESS_BYTES, free_host_bytes()
+    if needed > free:
         raise EngineError(
             f"exporting {weights / 2**30:.1f} GiB of weights in {dtype}",
             got=f"{free / 2**30:.1f} GiB of free memory",
             expected=f"{needed / 2**30:.1f} GiB",
             remedy="export on a larger host, or with --dtype bf16",
         )
-
-
-def _free_bytes() -> int | None:
-    """MemAvailable, where /proc tells it."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    values = dict(line.split(":", 1) for line in lines)
-    return int(values["MemAvailable"].split()[0]) * 1024

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import mmap
 import socket
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from common.errors import ConfigError, EngineError
+from common.host import free_host_bytes
 
 _ALIGN_BYTES = 64
 _SPARE_BYTES = 1 << 30  # left to everything else on the host
@@ -75,23 +75,6 @@ def require_host_memory(need_bytes: int) -> None:
                 expected=f"{(sum(needs) + _SPARE_BYTES) / _GIB:.1f} GiB (copy and 1 GiB to spare)",
                 remedy="set checkpoint.asynchronous=false, or use a host with more memory",
             )
-
-
-def free_host_bytes() -> int:
-    """Memory that this process may still take: what the machine has available, within the limit of its cgroup."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    available = next(
-        int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")
-    )
-    group = Path("/sys/fs/cgroup")
-    limit = group / "memory.max"
-    if not limit.is_file() or limit.read_text().strip() == "max":
-        return available
-    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    # File pages are counted as used but are given up when memory is asked for.
-    reclaimable = int(stat["active_file"]) + int(stat["inactive_file"])
-    used = int((group / "memory.current").read_text()) - reclaimable
-    return min(available, int(limit.read_text()) - used)
 
 
 def _mapped(num_bytes: int) -> np.ndarray:
