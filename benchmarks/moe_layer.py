@@ -100,13 +100,12 @@ def make_layers(student: StudentConfig, precision: Any, device: Any) -> dict[str
     from trainer.megatron.moe import StudentMoE
     from trainer.megatron.student import transformer_config
 
-    class Routed(RoutedExperts):  # as MoELayer calls them: outputs and a bias
+    # As MoELayer calls them: experts return outputs and a bias, and the shared one is told whether it has a gate.
+    class Routed(RoutedExperts):
         def forward(self, *args: Any) -> Any:
             return super().forward(*args), None
 
-    class Shared(
-        SharedExpert
-    ):  # MoELayer says whether it has a gate (shared_experts.py:60); the student's has none
+    class Shared(SharedExpert):
         def __init__(self, *args: Any, gate: bool, **kwargs: Any) -> None:
             assert not gate
             super().__init__(*args, **kwargs)

@@ -25,6 +25,8 @@ def header(packages: tuple[str, ...], *, device: str = "cpu") -> dict[str, Any]:
 
 def device_name(device: str) -> str:
     """The GPU's name for cuda or cuda:N, otherwise the name as given."""
+    if not device.startswith("cuda"):
+        return device
     import torch
 
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+    return torch.cuda.get_device_name(device)
