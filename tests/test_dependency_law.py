@@ -29,6 +29,10 @@ TRAINER_MAY_TAKE = {
         "budget",
         "harmony",
         "scoring_client",
+        "rollout",
+        "rollouts",
+        "harmony_grammar",
+        "prompts",
     ]
 }
 ENGINES = {

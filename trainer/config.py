@@ -190,42 +190,55 @@ class LogConfig(Config):
     every: PositiveInt = 1
 
 
-class KDConfig(ModelRuntime):
-    """One run of `vpmoe-train kd`.
+class RunConfig(ModelRuntime):
+    """What every run that trains has: its folder, its student, its steps.
 
-    run: folder of the run. dataset: a built dataset; its valid split is evaluated. teacher: slug of the targets
-    under it, null for cross entropy alone. kd_share: part of every global batch's rows that use their targets; the
-    others train with cross entropy. Where only a part of the rows is scored it mixes the two kinds, and 1 reads scored
-    rows alone (docs/order.md). budget: limits on the targets' own error, checked before the first step.
-    steps: optimizer steps.
+    run: folder of the run. dataset: a built dataset. steps: optimizer steps.
     """
 
     INCLUDES: ClassVar[dict[str, str]] = {"student": "student"}
 
     run: str
     dataset: str
-    teacher: str | None
     student: StudentConfig
     seed: int = Field(0, ge=0)
     steps: PositiveInt
-    batch: BatchConfig
-    loss: LossConfig
-    kd_share: float = Field(1.0, ge=0, le=1)
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     parallel: ParallelConfig = ParallelConfig()
     init_from: InitFromConfig | None = None
     checkpoint: CheckpointConfig
     watch: WatchConfig = WatchConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> Self:
+        if self.schedule.warmup >= self.steps:
+            raise ValueError("schedule.warmup must be below steps")
+        if self.schedule.min_lr > self.optimizer.lr:
+            raise ValueError("schedule.min_lr is above optimizer.lr")
+        return self
+
+
+class KDConfig(RunConfig):
+    """One run of `vpmoe-train kd`.
+
+    The dataset's valid split is evaluated. teacher: slug of the targets under it, null for cross entropy alone.
+    kd_share: part of every global batch's rows that use their targets; the others train with cross entropy. Where only
+    a part of the rows is scored it mixes the two kinds, and 1 reads scored rows alone (docs/order.md).
+    budget: limits on the targets' own error, checked before the first step.
+    """
+
+    teacher: str | None
+    batch: BatchConfig
+    loss: LossConfig
+    kd_share: float = Field(1.0, ge=0, le=1)
     eval: EvalConfig = EvalConfig()
     budget: BudgetLimits = BudgetLimits()
-    log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
     def _whole_run(self) -> Self:
         rules = [
-            (self.schedule.warmup < self.steps, "schedule.warmup must be below steps"),
-            (self.schedule.min_lr <= self.optimizer.lr, "schedule.min_lr is above optimizer.lr"),
             (
                 self.batch.global_batch_size % self.batch.micro_batch_size == 0,
                 "batch.global_batch_size must be a multiple of batch.micro_batch_size",
