@@ -14,7 +14,7 @@ from trainer.losses.policy import PolicyLossConfig
 class SamplingConfig(Config):
     """How the student samples. slots: sequences that a rank decodes at a time.
 
-    max_reasoning, max_final: longest span in sampled tokens, marks included; a rollout that reaches one ends there, cut.
+    max_reasoning, max_final: longest span in sampled tokens, marks included; a rollout ends there, cut.
     Sampling is from the whole distribution, as the objective is that of the distribution that is sampled.
     """
 
@@ -69,14 +69,14 @@ class StageConfig(Config):
 
 
 class OPDBatchConfig(Config):
-    """rollouts: sampled for one optimizer step, all ranks together. micro_batch_size: packed rows of one pass of a rank."""
+    """rollouts: sampled for one optimizer step, by all ranks. micro_batch_size: packed rows of one pass of a rank."""
 
     rollouts: PositiveInt
     micro_batch_size: PositiveInt
 
 
 class OPDEvalConfig(Config):
-    """every: steps between evaluations (0: only after the last). prompts: held out, from the start of the valid split."""
+    """every: steps between evaluations (0: only after the last). prompts: held out, the first of the valid split."""
 
     every: int = Field(0, ge=0)
     prompts: PositiveInt
