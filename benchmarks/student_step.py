@@ -79,7 +79,7 @@ def take_steps(run: Any, steps: int) -> list[dict[str, float]]:
     from trainer.megatron.step import Clock
     from trainer.schedule import learning_rate
 
-    loader = run._loader(run.data.stream(run.config))
+    loader = run.feed(None)
     records = []
     for step in range(steps):
         clock, began = Clock(run.topology.device), time.perf_counter()

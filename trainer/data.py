@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -123,6 +124,12 @@ class RunData:
         return make_batch([dataclasses.replace(row, spans_T=np.zeros_like(row.spans_T))] * rows)
 
 
+class StopsAlike(Protocol):
+    """Of trainer/megatron/watch.py: raises RunStopped on every rank when one has a problem."""
+
+    def agree(self, problem: str | None = None) -> None: ...
+
+
 class Loader:
     """This rank's micro-batches, step after step; the next step's are read in a thread while one is computed.
 
@@ -145,8 +152,28 @@ class Loader:
             "dp_size": dp_size,
             "micro_batch_size": config.batch.micro_batch_size,
         }
+        self._wait_sec = config.watch.data_sec
         self._row = 0  # the one being read
         self._ahead = self._start(self._number())
+
+    def ready(self, watch: StopsAlike) -> None:
+        """Wait until the rows of the next step are there; every rank stops alike when one's do not come."""
+        watch.agree(self.problem(self._wait_sec))
+
+    def state(self) -> dict[str, Any]:
+        """The place of the stream after the last finished step."""
+        return self.stream.state()
+
+    def positions(self) -> int:
+        """Positions of a global batch."""
+        return self.stream.global_batch_size * self._data.dataset.manifest.seq_len
+
+    def values(self) -> dict[str, float]:
+        """Nothing beside the losses."""
+        return {}
+
+    def close(self) -> None:
+        """The reader is a daemon: it ends with the process."""
 
     def problem(self, wait_sec: float) -> str | None:
         """Wait for the rows of the next step; why they cannot be had, None when they are there."""

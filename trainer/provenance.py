@@ -7,7 +7,7 @@ from typing import Any
 from common.errors import ResumeError
 from common.files import canonical_json, sha256_bytes
 from common.provenance import git_sha, package_versions
-from trainer.config import KDConfig
+from trainer.config import RunConfig
 
 PACKAGES = (
     "torch",
@@ -20,12 +20,16 @@ PACKAGES = (
 )
 # Keys that may change when a run goes on: they shape no weight. `dataset` is held by its fingerprint instead of its
 # path.
-FREE_KEYS = ("run", "dataset", "log", "eval", "checkpoint", "watch", "batch.micro_batch_size")
+FREE_KEYS = (
+    *("run", "dataset", "log", "eval", "checkpoint", "watch", "batch.micro_batch_size"),
+    *("samples", "sampling.slots"),
+    *("teacher.url", "teacher.token_env", "teacher.request_sec", "teacher.gate_documents"),
+)
 _WIDEST = 40
 _Differences = dict[str, tuple[Any, Any]]
 
 
-def provenance(config: KDConfig, data: dict[str, str | None]) -> dict[str, Any]:
+def provenance(config: RunConfig, data: dict[str, str | None]) -> dict[str, Any]:
     """Of a run: config, code, packages, the fingerprints of its data. init_from: null until weights were taken."""
     return {
         "config": config.resolved(),

@@ -22,7 +22,7 @@ import yaml
 from common.errors import ResumeError
 from common.files import exclusive_lock, write_bytes, write_json
 from trainer.batch import CLASSES
-from trainer.config import KDConfig
+from trainer.config import RunConfig
 from trainer.flops import flops_per_token, mfu, peak_bf16_flops
 
 _LOCK_WAIT_SEC = 15.0
@@ -52,7 +52,7 @@ def run_folder(folder: Path, rank: int) -> Iterator[None]:
 
 
 def describe_run(
-    folder: Path, config: KDConfig, of_run: dict[str, Any], layout: dict[str, int]
+    folder: Path, config: RunConfig, of_run: dict[str, Any], layout: dict[str, int]
 ) -> None:
     """Write config.yaml and run.json."""
     resolved = yaml.safe_dump(config.resolved(), sort_keys=False, allow_unicode=True)
@@ -112,7 +112,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def utilisation(
-    config: KDConfig, seq_len: int, tokens_per_sec: float, device: torch.device, gpus: int
+    config: RunConfig, seq_len: int, tokens_per_sec: float, device: torch.device, gpus: int
 ) -> dict[str, float]:
     """`mfu` of the whole run on `gpus` of this kind (trainer/flops.py), or nothing where the peak is not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""

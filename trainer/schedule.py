@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from trainer.config import KDConfig
+from trainer.config import RunConfig
 
 
-def learning_rate(config: KDConfig, step: int) -> float:
+def learning_rate(config: RunConfig, step: int) -> float:
     """Rate of optimizer step `step`, counted from 0: (step + 1) / warmup of the peak, then constant or a half cosine.
 
     The cosine starts at the peak after the warmup and ends at min_lr on the last step.

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from common.errors import ConfigError, EngineError
-from trainer.config import KDConfig, ParallelConfig
+from trainer.config import ParallelConfig, RunConfig
 
 Device = Literal["cpu", "cuda"]
 _TIMEOUT = datetime.timedelta(minutes=30)
@@ -89,7 +89,7 @@ def check_layout(parallel: ParallelConfig) -> None:
     _refuse(refused)
 
 
-def check_run(config: KDConfig) -> None:
+def check_run(config: RunConfig) -> None:
     """`check_layout`, and the parts of this run that do not work in its layout. Raises ConfigError, before any process
     group starts.
     """

@@ -104,6 +104,10 @@ class Watch:
         """What the main thread begins now; it may last `watch.stuck_sec`."""
         self._phase = name, self._awake_sec
 
+    def phase_again(self) -> None:
+        """The same phase goes on, and has come further."""
+        self.phase(self._phase[0])
+
     def finished(self, step: int) -> None:
         """Optimizer steps that are done."""
         self._step = step
