@@ -24,6 +24,7 @@ RENDERER_VERSION = "1"
 
 Role = Literal["system", "developer", "user", "assistant"]
 Channel = Literal["analysis", "commentary", "final"]
+Reasoning = Literal["low", "medium", "high"]
 RejectReason = Literal[
     "missing_id",
     "empty_query",
@@ -49,7 +50,7 @@ class RenderConfig(Config):
     identity: str = "You are vpMoE, a large language model."
     knowledge_cutoff: str = "2024-06"
     date: str = "2026-01-01"
-    reasoning: Literal["low", "medium", "high"] = "high"
+    reasoning: Reasoning = "high"
     valid_channels: tuple[Channel, ...] = CHANNELS
     developer: str = (
         "Follow the user's request. When you provide an answer, produce both:\n"

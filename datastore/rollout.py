@@ -7,11 +7,10 @@ they end the document: the prompt before them has span 0.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-Reasoning = Literal["low", "medium", "high"]
+from datastore.harmony import Reasoning
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

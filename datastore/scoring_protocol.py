@@ -18,13 +18,12 @@ from common.config import AnyConfig, Config, parse_config
 from common.errors import ConfigError, FormatError
 from common.files import canonical_json
 from common.tokenizer import VOCAB_SIZE
-from datastore.harmony import RenderConfig
+from datastore.harmony import Reasoning, RenderConfig
 from datastore.target import content_key, target_positions
 from datastore.types import SPAN_FINAL, SparseTarget
 
 PROTOCOL_VERSION: Literal[1] = 1
 CONTENT_TYPE = "application/vnd.apache.arrow.stream"
-Reasoning = Literal["low", "medium", "high"]
 REASONING: tuple[Reasoning, ...] = ("low", "medium", "high")
 
 _METADATA_KEY = b"vpmoe"

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 
 from common.errors import FormatError
-from datastore.harmony import RenderConfig
+from datastore.harmony import Reasoning, RenderConfig
 from datastore.prompt import Prefix, ScoreRequest
-from datastore.scoring_protocol import Reasoning, ScoreBatch, ScoreDocument
+from datastore.scoring_protocol import ScoreBatch, ScoreDocument
 from datastore.teacher import SystemText, TeacherConfig
 
 
