@@ -35,9 +35,37 @@ def feistel_permutation(indices: np.ndarray, n: int, *, seed: int, epoch: int) -
     return values.astype(np.int64).reshape(np.shape(indices))
 
 
+def endless_order(positions_K: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """Members at `positions_K` (int64, from 0) of the endless order over n things, epoch after epoch: int64 [K]."""
+    epochs_K, within_K = np.divmod(positions_K, n)
+    members_K = np.empty_like(within_K)
+    for epoch in np.unique(epochs_K).tolist():
+        here_K = epochs_K == epoch
+        members_K[here_K] = feistel_permutation(within_K[here_K], n, seed=seed, epoch=epoch)
+    return members_K
+
+
+def in_share(positions_P: np.ndarray, share: float) -> np.ndarray:
+    """Which positions belong to a share of them: bool [P]. Any run of positions holds the share to within one.
+
+    A pure function of the position: (p + 1) * share and p * share lie in other whole numbers.
+    """
+    return share_before(positions_P + 1, share) > share_before(positions_P, share)
+
+
+def share_before(positions_P: np.ndarray, share: float) -> np.ndarray:
+    """How many positions before each belong to a share: floor(p * share) in IEEE double, int64 [P]."""
+    return np.floor(positions_P * share).astype(np.int64)
+
+
 def plain_seed(seed: int) -> int:
     """The seed of the order of rows without targets, where scored and plain rows are mixed (docs/order.md)."""
     return _mix(seed + 2 * _GOLDEN)
+
+
+def prompt_seed(seed: int) -> int:
+    """The seed of the order of prompts: else a dataset of one document a row would give its rows in the same order."""
+    return _mix(seed + 3 * _GOLDEN)
 
 
 def _encrypt(values: np.ndarray, bits: int, keys: list[int]) -> np.ndarray:

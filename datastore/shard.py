@@ -229,6 +229,14 @@ class TokenShard(MappedShard[TokenViews]):
         check_row(row, self._seq_len, f"shard {self.path} row {index} is damaged")
         return row
 
+    def documents_per_row(self) -> np.ndarray:
+        """Documents of each row: int64 [num_rows], from Arrow's offsets; no token is read. Raises FormatError."""
+        parts = [np.empty(0, dtype=np.int64)]
+        for batch in range(len(self._views)):
+            views = self._views[batch] or self._load(batch)
+            parts.append(np.diff(views.doc_offsets))
+        return np.concatenate(parts)
+
     def _views_of(self, batch: pa.RecordBatch) -> TokenViews:
         return token_views(batch, self._seq_len)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import ConfigError, ResumeError
-from datastore.order import ORDER_VERSION, feistel_permutation, plain_seed
+from datastore.order import ORDER_VERSION, endless_order, in_share, plain_seed, share_before
 from datastore.row_set import RowSet
 
 
@@ -65,19 +65,19 @@ class RowStream:
         """The row indices of global batch `batch` (counted from the start of the run), int64 [B]; no step."""
         positions_B = self._positions(batch)
         if self._pools is None:
-            return _in_order(positions_B, self.num_rows, self.seed)
-        uses_B = uses_targets(positions_B, self.kd_share)
-        earlier_B = _earlier(positions_B, self.kd_share)
+            return endless_order(positions_B, self.num_rows, self.seed)
+        uses_B = in_share(positions_B, self.kd_share)
+        earlier_B = share_before(positions_B, self.kd_share)
         scored, plain = self._pools
         rows_B = np.empty_like(positions_B)
-        rows_B[uses_B] = scored.select(_in_order(earlier_B[uses_B], scored.size, self.seed))
+        rows_B[uses_B] = scored.select(endless_order(earlier_B[uses_B], scored.size, self.seed))
         others = (positions_B - earlier_B)[~uses_B]
-        rows_B[~uses_B] = plain.select(_in_order(others, plain.size, plain_seed(self.seed)))
+        rows_B[~uses_B] = plain.select(endless_order(others, plain.size, plain_seed(self.seed)))
         return rows_B
 
     def uses_targets(self, batch: int) -> np.ndarray:
         """Which positions of global batch `batch` train on their targets: bool [B]."""
-        return uses_targets(self._positions(batch), self.kd_share)
+        return in_share(self._positions(batch), self.kd_share)
 
     def state(self) -> dict[str, Any]:
         """All that a resume needs, plain JSON values (under 1 KB)."""
@@ -123,29 +123,6 @@ class RowStream:
     def _positions(self, batch: int) -> np.ndarray:
         first = batch * self.global_batch_size
         return np.arange(first, first + self.global_batch_size, dtype=np.int64)
-
-
-def uses_targets(positions_P: np.ndarray, share: float) -> np.ndarray:
-    """Which positions of the stream train on their targets: bool [P], `share` of any run of positions, within one row.
-
-    A pure function of the position, as the order is: (p + 1) * share and p * share lie in other whole numbers.
-    """
-    return _earlier(positions_P + 1, share) > _earlier(positions_P, share)
-
-
-def _earlier(positions_P: np.ndarray, share: float) -> np.ndarray:
-    """How many positions before each use targets: floor(p * share) in IEEE double, int64 [P]."""
-    return np.floor(positions_P * share).astype(np.int64)
-
-
-def _in_order(ranks_K: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """Members number `ranks_K` of the endless order over n things, epoch after epoch: int64 [K]."""
-    epochs_K, within_K = np.divmod(ranks_K, n)
-    members_K = np.empty_like(within_K)
-    for epoch in np.unique(epochs_K).tolist():
-        here_K = epochs_K == epoch
-        members_K[here_K] = feistel_permutation(within_K[here_K], n, seed=seed, epoch=epoch)
-    return members_K
 
 
 def rank_micro_batches(

@@ -56,7 +56,7 @@ PURE = {
     *("datastore.codec_ids", "datastore.codec_masses", "datastore.codec_target"),
     *("datastore.budget", "datastore.alignment", "datastore.estimate", "trainer.batch"),
     *("datastore.scoring_protocol", "datastore.serve_prompt", "datastore.harmony_grammar"),
-    *("trainer.export_names", "trainer.export_card"),
+    *("trainer.export_names", "trainer.export_card", "trainer.opd.curriculum"),
 }
 IMPURE_IMPORTS = {
     "os",

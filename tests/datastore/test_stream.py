@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import ConfigError, ResumeError
-from datastore.order import feistel_permutation
+from datastore.order import feistel_permutation, in_share
 from datastore.row_set import RowSet
-from datastore.stream import RowStream, rank_micro_batches, uses_targets
+from datastore.stream import RowStream, rank_micro_batches
 
 GOLDEN = Path(__file__).parent / "golden" / "mix.txt"
 RUN = {"fingerprint": "f" * 64, "seed": 2**64 - 1, "global_batch_size": 24}
@@ -237,12 +237,12 @@ def test_every_global_batch_holds_its_share(share: float) -> None:
 
 def test_a_share_of_the_positions_uses_targets() -> None:
     for share in (0.0, 0.25, 0.3, 0.5, 1.0):
-        used_P = uses_targets(np.arange(1000), share)
+        used_P = in_share(np.arange(1000), share)
         assert abs(used_P.sum() - 1000 * share) < 1 + 1e-9
         windows = np.lib.stride_tricks.sliding_window_view(used_P, 16).sum(axis=1)
         assert windows.max() - windows.min() <= 1
     np.testing.assert_array_equal(
-        uses_targets(np.arange(40), 0.3)[17:], uses_targets(np.arange(17, 40), 0.3)
+        in_share(np.arange(40), 0.3)[17:], in_share(np.arange(17, 40), 0.3)
     )
 
 
