@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from datastore.harmony import Reasoning
 from datastore.order import in_share, share_before
-from datastore.rollout import Reasoning
 from trainer.opd.config import StageConfig
 
 
