@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from common.errors import ResumeError
+from common.errors import ResumeError, VpmoeError
 
 _READ_BYTES = 1 << 22
 TMP_PREFIX = ".tmp-"
@@ -106,6 +107,19 @@ def exclusive_lock(path: Path, purpose: str) -> Iterator[None]:
                 remedy="wait for it to end, or stop it, then run the same command again",
             ) from None
         yield
+
+
+@contextlib.contextmanager
+def full_disk_told(folder: Path, remedy: str) -> Iterator[None]:
+    """A full disk (or quota) in the block becomes a VpmoeError with this remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise VpmoeError(
+            f"the disk that holds {folder} is full", got=error.strerror, remedy=remedy
+        ) from None
 
 
 def umask() -> int:

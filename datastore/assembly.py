@@ -7,7 +7,6 @@ same command continues it. The output depends on the plan alone, not on the work
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import json
 import logging
@@ -19,10 +18,11 @@ from typing import Any, TypeVar
 
 from common import tokenizer
 from common.config import flat_values
-from common.errors import ResumeError, SourceError, VpmoeError
+from common.errors import ResumeError, SourceError
 from common.files import (
     canonical_json,
     exclusive_lock,
+    full_disk_told,
     sha256_bytes,
     sweep_temporaries,
     write_json,
@@ -64,17 +64,9 @@ def held_folder(out: Path, purpose: str) -> Iterator[None]:
 
     Raises ResumeError when another process holds it.
     """
-    try:
-        with exclusive_lock(out / WORK / "lock", purpose):
-            yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise VpmoeError(
-            f"the disk that holds {out} is full",
-            got=error.strerror,
-            remedy="free space and run the same command again: finished shards are kept",
-        ) from None
+    again = "free space and run the same command again: finished shards are kept"
+    with full_disk_told(out, again), exclusive_lock(out / WORK / "lock", purpose):
+        yield
 
 
 def dataset_identity(config: dict[str, Any], provenance: Provenance) -> dict[str, Any]:

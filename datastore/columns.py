@@ -117,8 +117,7 @@ def token_batch(
 def token_views(batch: pa.RecordBatch, seq_len: int) -> TokenViews:
     """Views of a batch that Arrow has validated. Raises ValueError for what `token_batch` never makes."""
     tokens, spans, doc_ends, *by_document, hashes = batch.columns
-    if any(array.null_count for column in batch.columns for array in _with_children(column)):
-        raise ValueError("null values in a column that has none")
+    require_no_nulls(batch)
     if not all(column.offsets.equals(doc_ends.offsets) for column in by_document):
         raise ValueError("the columns of a row count other documents")
     doc_ids, languages, exercises = by_document
@@ -127,23 +126,31 @@ def token_views(batch: pa.RecordBatch, seq_len: int) -> TokenViews:
         spans_RT=as_numpy(spans.flatten()).reshape(len(batch), seq_len),
         doc_offsets=as_numpy(doc_ends.offsets),
         doc_ends=as_numpy(doc_ends.values),
-        doc_ids=_fixed_bytes(doc_ids.values),
-        languages=_texts(languages.values),
-        exercises=_texts(exercises.values),
+        doc_ids=fixed_bytes(doc_ids.values),
+        languages=text_views(languages.values),
+        exercises=text_views(exercises.values),
         hashes=as_numpy(hashes),
     )
+
+
+def require_no_nulls(batch: pa.RecordBatch) -> None:
+    """ValueError when a column or the values of its lists hold a null."""
+    if any(array.null_count for column in batch.columns for array in _with_children(column)):
+        raise ValueError("null values in a column that has none")
 
 
 def _with_children(column: pa.Array) -> tuple[pa.Array, ...]:
     return (column, column.values) if pa.types.is_nested(column.type) else (column,)
 
 
-def _fixed_bytes(array: pa.FixedSizeBinaryArray) -> memoryview:
+def fixed_bytes(array: pa.FixedSizeBinaryArray) -> memoryview:
+    """The bytes of ids of DOC_ID_BYTES each, end to end."""
     content = array.buffers()[1]
     return memoryview(content)[array.offset * DOC_ID_BYTES :] if content else memoryview(b"")
 
 
-def _texts(array: pa.StringArray) -> TextViews:
+def text_views(array: pa.StringArray) -> TextViews:
+    """The texts of a column that Arrow has validated."""
     _, offsets, content = array.buffers()
     return TextViews(
         offsets=np.frombuffer(offsets, np.int32, len(array) + 1, array.offset * 4).data,

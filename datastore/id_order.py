@@ -5,6 +5,7 @@ targets/<teacher>/id_order.bin holds it as little-endian uint32 [V], rank -> id;
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ import numpy as np
 from common.errors import FormatError
 from common.files import sha256_bytes, write_bytes
 from common.tokenizer import VOCAB_SIZE
-from datastore.types import SPAN_IGNORED
+from datastore.types import SPAN_IGNORED, PackedRow
 
 if TYPE_CHECKING:
     from datastore.reader import Dataset
@@ -85,10 +86,15 @@ def _as_bytes(ids_V: np.ndarray) -> bytes:
 
 
 def count_order(dataset: Dataset) -> IdOrder:
-    """Ids by falling count among the dataset's first targets (2^24; train, then valid), equal counts by id."""
+    """The order by the dataset's first targets (train, then valid)."""
+    return order_of_rows(dataset.rows())
+
+
+def order_of_rows(rows: Iterable[PackedRow]) -> IdOrder:
+    """Ids by falling count among the first 2^24 targets of the rows, equal counts by id."""
     counts_V = np.zeros(VOCAB_SIZE, np.int64)
     counted = 0
-    for row in dataset.rows():
+    for row in rows:
         targets = row.tokens_T[row.spans_T != SPAN_IGNORED]
         counts_V += np.bincount(targets, minlength=VOCAB_SIZE)
         counted += len(targets)

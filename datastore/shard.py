@@ -55,7 +55,7 @@ def shard_name(split: Split, shard: int) -> str:
 
 def hash_row(row: PackedRow, *, dataset_id: str, split: Split, shard: int, index: int) -> int:
     """xxh3_64 of a packed row and of its place: row `index` of shard `shard` (`row.row_hash` is not read)."""
-    digest = xxhash.xxh3_64(_place(dataset_id, split, shard, index))
+    digest = xxhash.xxh3_64(place_bytes(dataset_id, split, shard, index))
     digest.update(struct.pack("<I", len(row.doc_ids)))
     digest.update(row.tokens_T)
     digest.update(row.spans_T)
@@ -72,7 +72,7 @@ def hash_blob(
     blob: bytes | None, row_hash: int, *, target_id: str, split: Split, shard: int, index: int
 ) -> int:
     """xxh3_64 of a blob (nothing when None), of the token row that it scores and of its place."""
-    digest = xxhash.xxh3_64(_place(target_id, split, shard, index))
+    digest = xxhash.xxh3_64(place_bytes(target_id, split, shard, index))
     digest.update(struct.pack("<Q", row_hash))
     digest.update(blob or b"")
     return digest.intdigest()
@@ -96,7 +96,7 @@ def write_token_shard(
     schema = _token_schema(dataset_id, split, shard, seq_len)
 
     def batches() -> Iterator[pa.RecordBatch]:
-        for first, group in _groups(rows):
+        for first, group in grouped(rows):
             for offset, row in enumerate(group):
                 check_row(row, seq_len, f"{name}: row {first + offset} cannot be written")
             hashes = [
@@ -124,7 +124,7 @@ def write_target_shard(
     schema = _target_schema(target_id, split, shard)
 
     def batches() -> Iterator[pa.RecordBatch]:
-        for first, group in _groups(blobs):
+        for first, group in grouped(blobs):
             for offset, (_, blob) in enumerate(group):
                 if blob is not None and not blob:
                     raise FormatError(
@@ -316,7 +316,7 @@ class TargetShard(MappedShard[_BlobViews]):
 
 
 def _token_schema(dataset_id: str, split: Split, shard: int, seq_len: int) -> pa.Schema:
-    metadata = _metadata("tokens", split, shard, dataset_id=dataset_id, seq_len=seq_len)
+    metadata = shard_metadata("tokens", split, shard, dataset_id=dataset_id, seq_len=seq_len)
     return pa.schema(token_fields(seq_len), metadata)
 
 
@@ -326,19 +326,21 @@ def _target_schema(target_id: str, split: Split, shard: int) -> pa.Schema:
         pa.field("row_hash", pa.uint64(), nullable=False),
         pa.field("blob_hash", pa.uint64(), nullable=False),
     ]
-    return pa.schema(fields, _metadata("targets", split, shard, target_id=target_id))
+    return pa.schema(fields, shard_metadata("targets", split, shard, target_id=target_id))
 
 
-def _metadata(kind: str, split: Split, shard: int, **more: object) -> dict[str, str]:
+def shard_metadata(kind: str, split: Split, shard: int, **more: object) -> dict[str, str]:
+    """The schema metadata of a shard: what it is and where it belongs."""
     values = {"format": FORMAT_VERSION, "kind": kind, "split": split, "shard": shard, **more}
     return {f"vpmoe.{key}": str(value) for key, value in values.items()}
 
 
-def _place(identity: str, split: Split, shard: int, index: int) -> bytes:
+def place_bytes(identity: str, split: Split, shard: int, index: int) -> bytes:
+    """The place that leads every hash of a row. identity: dataset_id or target_id, hex."""
     return _PLACE.pack(bytes.fromhex(identity), SPLITS.index(split), shard, index)
 
 
-def _groups(items: Iterable[Item]) -> Iterator[tuple[int, list[Item]]]:
+def grouped(items: Iterable[Item]) -> Iterator[tuple[int, list[Item]]]:
     """(number of the first, up to BATCH_ROWS items), until the items end."""
     iterator = iter(items)
     for first in itertools.count(step=BATCH_ROWS):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from common.differences import difference_table, differences
 from common.errors import ResumeError
 from common.files import canonical_json, sha256_bytes
 from common.provenance import git_sha, package_versions
@@ -25,8 +26,6 @@ FREE_KEYS = (
     *("samples", "sampling.slots"),
     *("teacher.url", "teacher.token_env", "teacher.request_sec", "teacher.gate_documents"),
 )
-_WIDEST = 40
-_Differences = dict[str, tuple[Any, Any]]
 
 
 def provenance(config: RunConfig, data: dict[str, str | None]) -> dict[str, Any]:
@@ -50,17 +49,17 @@ def require_same_run(stored: dict[str, Any], wanted: dict[str, Any]) -> None:
     """ResumeError with a table of every difference in config (but for FREE_KEYS), student and data."""
     config = {
         key: values
-        for key, values in _differences(stored["config"], wanted["config"]).items()
+        for key, values in differences(stored["config"], wanted["config"]).items()
         if not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
     }
     groups = {
         "config": {key: v for key, v in config.items() if not key.startswith("student.")},
         "student": {key: v for key, v in config.items() if key.startswith("student.")},
-        "data": _differences(stored["data"], wanted["data"]),
+        "data": differences(stored["data"], wanted["data"]),
     }
     if any(groups.values()):
         raise ResumeError(
-            "the checkpoint is of another run:\n\n" + _table(groups) + "\n\n",
+            "the checkpoint is of another run:\n\n" + difference_table(groups, "checkpoint") + "\n\n",
             remedy="resume with the values of the checkpoint, or start a new run (run=FOLDER), from these weights "
             f"alone by init_from.run={stored['config'].get('run')}. Free to change: {', '.join(FREE_KEYS)}",
         )
@@ -68,7 +67,7 @@ def require_same_run(stored: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 def changed_code(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """What differs in code: each package by name, and the commit. A resume warns of it and goes on."""
-    packages = _differences(stored["packages"], wanted["packages"])
+    packages = differences(stored["packages"], wanted["packages"])
     lines = [
         f"{name} is {now}, the checkpoint's is {was}"
         for name, (was, now) in sorted(packages.items())
@@ -76,33 +75,3 @@ def changed_code(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     if stored["git_sha"] != wanted["git_sha"]:
         lines.append(f"the code is {wanted['git_sha']}, the checkpoint's is {stored['git_sha']}")
     return lines
-
-
-def _differences(stored: Any, wanted: Any, prefix: str = "") -> _Differences:
-    if isinstance(stored, dict) and isinstance(wanted, dict):
-        found: _Differences = {}
-        for key in stored.keys() | wanted.keys():
-            found |= _differences(stored.get(key), wanted.get(key), f"{prefix}{key}.")
-        return found
-    return {} if stored == wanted else {prefix.rstrip("."): (stored, wanted)}
-
-
-def _table(groups: dict[str, _Differences]) -> str:
-    rows = [("", "checkpoint", "this run")]
-    for group, found in groups.items():
-        if found:
-            rows.append((group, "", ""))
-            rows += [
-                (f"  {key}", _shown(was), _shown(now)) for key, (was, now) in sorted(found.items())
-            ]
-    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    return "\n".join(
-        f"  {key:<{widths[0]}}  {was:<{widths[1]}}  {now}".rstrip() for key, was, now in rows
-    )
-
-
-def _shown(value: Any) -> str:
-    """As in a config file; a hash by its start."""
-    plain = {None: "null", True: "true", False: "false"}
-    text = plain[value] if value is None or isinstance(value, bool) else str(value)
-    return text if len(text) <= _WIDEST else f"{text[: _WIDEST - 3]}..."
