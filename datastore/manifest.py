@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from pydantic import model_validator
 
 from common import tokenizer
-from common.config import Config, parse_config
+from common.config import AnyConfig, Config, parse_config
 from common.errors import ConfigError, FormatError
 from common.files import canonical_json, sha256_bytes, write_json
 from datastore.shard import FORMAT_VERSION, FileEntry, shard_name
@@ -68,6 +68,59 @@ class SplitCounts(Config):
     fill: float
 
 
+class SampledCounts(Config):
+    """Sums over rollouts and the rows that hold them.
+
+    reasoning, final: sampled tokens by span. verdicts, modes: rollouts by verdict, and by the reasoning effort that the
+    teacher is shown. first_version, last_version: lowest and highest policy version.
+    """
+
+    rollouts: int
+    rows: int
+    reasoning: int
+    final: int
+    verdicts: dict[str, int]
+    modes: dict[str, int]
+    first_version: int
+    last_version: int
+
+    @property
+    def tokens(self) -> int:
+        """Sampled tokens, which are the training positions."""
+        return self.reasoning + self.final
+
+    def merged(self, other: SampledCounts) -> SampledCounts:
+        """The sums of both."""
+        return SampledCounts(
+            rollouts=self.rollouts + other.rollouts,
+            rows=self.rows + other.rows,
+            reasoning=self.reasoning + other.reasoning,
+            final=self.final + other.final,
+            verdicts=_added(self.verdicts, other.verdicts),
+            modes=_added(self.modes, other.modes),
+            first_version=min(self.first_version, other.first_version),
+            last_version=max(self.last_version, other.last_version),
+        )
+
+
+class RolloutsInfo(Config):
+    """What makes a dataset one of rollouts (docs/format.md, "Rollouts").
+
+    prompts: fingerprint of the dataset that gave the prompts. identity: of the run, as the buffer was opened with it.
+    files: the rollouts' own columns by split, relative to the folder rollouts/. counts: of each split.
+    """
+
+    prompts: str
+    identity: dict[str, Any]
+    files: dict[Split, tuple[FileEntry, ...]]
+    counts: dict[Split, SampledCounts]
+
+    @model_validator(mode="after")
+    def _names_are_canonical(self) -> RolloutsInfo:
+        _require_names(self.files)
+        return self
+
+
 class _Manifest(Config):
     format_version: int
     tokenizer: TokenizerInfo
@@ -75,10 +128,7 @@ class _Manifest(Config):
 
     @model_validator(mode="after")
     def _names_are_canonical(self) -> _Manifest:
-        for split, entries in self.files.items():
-            for shard, entry in enumerate(entries):
-                if entry.name != shard_name(split, shard):
-                    raise ValueError(f"file {shard} of {split} is named {entry.name}")
+        _require_names(self.files)
         return self
 
     def entries(self, split: Split) -> tuple[FileEntry, ...]:
@@ -89,7 +139,8 @@ class _Manifest(Config):
 class DatasetManifest(_Manifest):
     """A dataset of packed rows. config: the resolved DataConfig. rejects, truncated: documents by reason.
 
-    origin: the dataset that a repack was made from, null for a build.
+    origin: the dataset that a repack was made from, null for a build. rollouts: null but for a buffer of rollouts, which
+    has config, renderer, sources and split rule of the dataset that gave the prompts.
     """
 
     dataset_id: str
@@ -105,6 +156,7 @@ class DatasetManifest(_Manifest):
     rejects: dict[str, int]
     truncated: dict[str, int]
     origin: dict[str, Any] | None = None
+    rollouts: RolloutsInfo | None = None
 
 
 class QuarantinedDocument(Config):
@@ -125,7 +177,8 @@ class TargetManifest(_Manifest):
     alignment: the report of the alignment gate. selection: which documents were to be scored
     (datastore/selection.py); quarantine: those of them that no engine could score. id_order_sha256: of the order of
     ids that the codec uses (datastore/id_order.py). canary, self_noise: what datastore/canary.py measured.
-    origin: the dataset and targets that a repack carried over, null for a scoring.
+    origin: the dataset and targets that a repack carried over, null for a scoring. logprobs: of rollouts, the shards of
+    exact logprobs by split, relative to the folder logprobs/ of the targets; null for other datasets.
     """
 
     codec_version: int
@@ -147,6 +200,7 @@ class TargetManifest(_Manifest):
     canary: dict[str, Any]
     self_noise: dict[str, Any]
     origin: dict[str, Any] | None = None
+    logprobs: dict[Split, tuple[FileEntry, ...]] | None = None
 
 
 AnyManifest = TypeVar("AnyManifest", bound=_Manifest)
@@ -174,10 +228,16 @@ def target_folder(dataset_folder: Path, slug: str) -> Path:
 
 def commit_manifest(folder: Path, manifest: DatasetManifest | TargetManifest) -> None:
     """Write folder/manifest.json atomically: the last write of a stage, which makes the store exist."""
-    values = manifest.resolved()
-    values[_SELF_HASH] = _hash(values)
+    values = self_hashed(manifest)
     values["files"] = values.pop("files")  # the long list last, for the person who opens the file
     write_json(Path(folder) / MANIFEST_NAME, values)
+
+
+def self_hashed(record: Config) -> dict[str, Any]:
+    """The values of a record and `self_sha256`, their hash, as they are written; `read_self_hashed` reads them."""
+    values = record.resolved()
+    values[_SELF_HASH] = _hash(values)
+    return values
 
 
 def load_dataset_manifest(folder: Path) -> DatasetManifest:
@@ -201,18 +261,23 @@ def load_target_manifest(dataset_folder: Path, slug: str) -> TargetManifest:
     return _load(TargetManifest, target_folder(dataset_folder, slug), "target store", remedy)
 
 
+def read_self_hashed(cls: type[AnyConfig], path: Path) -> AnyConfig:
+    """A record that `self_hashed` wrote to `path`. Raises FileNotFoundError; FormatError when it is damaged."""
+    raw = _read_object(path)
+    if not _is_intact(raw):
+        raise _damaged(path, "does not match its own hash")
+    try:
+        return parse_config(cls, raw, str(path))
+    except ConfigError as error:
+        raise FormatError(str(error)) from None
+
+
 def _load(cls: type[AnyManifest], folder: Path, kind: str, remedy: str) -> AnyManifest:
     path = folder / MANIFEST_NAME
     try:
-        raw = json.loads(path.read_bytes(), parse_constant=_no_constant)
+        raw = _read_object(path)
     except (FileNotFoundError, NotADirectoryError):
         raise FormatError(f"{folder} is no {kind}: it has no manifest", remedy=remedy) from None
-    except ValueError as error:
-        raise _damaged(path, f"is not JSON: {error}") from None
-    except RecursionError:
-        raise _damaged(path, "is nested too deeply") from None
-    if not isinstance(raw, dict):
-        raise _damaged(path, "is not a JSON object")
     if raw.get("format_version") != FORMAT_VERSION:
         raise FormatError(
             f"{path} has another format version",
@@ -234,6 +299,29 @@ def _load(cls: type[AnyManifest], folder: Path, kind: str, remedy: str) -> AnyMa
             remedy=remedy,
         )
     return manifest
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_bytes(), parse_constant=_no_constant)
+    except ValueError as error:
+        raise _damaged(path, f"is not JSON: {error}") from None
+    except RecursionError:
+        raise _damaged(path, "is nested too deeply") from None
+    if not isinstance(raw, dict):
+        raise _damaged(path, "is not a JSON object")
+    return raw
+
+
+def _require_names(files: Mapping[Split, Sequence[FileEntry]]) -> None:
+    for split, entries in files.items():
+        for shard, entry in enumerate(entries):
+            if entry.name != shard_name(split, shard):
+                raise ValueError(f"file {shard} of {split} is named {entry.name}")
+
+
+def _added(mine: Mapping[str, int], theirs: Mapping[str, int]) -> dict[str, int]:
+    return {key: mine.get(key, 0) + theirs.get(key, 0) for key in sorted({*mine, *theirs})}
 
 
 def _no_constant(name: str) -> None:

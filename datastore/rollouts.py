@@ -1,0 +1,422 @@
+"""The rollout buffer: a dataset that grows one micro-shard at a time, and is read while it grows.
+
+    buffer = RolloutBuffer.open(folder, identity, seq_len=4096, slug="gpt-oss-120b", threshold=1 / 50)
+    shard = buffer.append(rollouts)                        # durable on return
+    targets = client.score(buffer.score_documents(shard))  # the teacher
+    buffer.add_targets(shard, targets)                     # durable on return
+    buffer.rows(shard)                                     # what the trainer takes, in any process: `open_reader`
+    buffer.seal(teacher, prompts, held_out, its_targets)   # now `vpmoe-train kd dataset=FOLDER` reads it
+
+A shard is there when its record is (datastore/rollout_records.py). What a killed writer left of an unfinished one is
+swept when the buffer is opened again; nothing else is ever changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+from common.differences import difference_table, differences
+from common.errors import FormatError, ResumeError
+from common.files import canonical_json, exclusive_lock, full_disk_told, sweep_temporaries
+from datastore.codec import decode_blob
+from datastore.container import FileEntry
+from datastore.id_order import IdOrder, order_of_rows
+from datastore.manifest import (
+    MANIFEST_NAME,
+    DatasetManifest,
+    SampledCounts,
+    TargetManifest,
+    load_dataset_manifest,
+    load_target_manifest,
+)
+from datastore.rollout import Rollout, ScoredTokens
+from datastore.rollout_records import (
+    BufferPlace,
+    BufferRecord,
+    SampledRecord,
+    ScoredRecord,
+    buffer_path,
+    read_record,
+    write_record,
+)
+from datastore.rollout_shard import LogprobShard, RolloutShard, StoredRollout
+from datastore.rollout_write import score_document, write_sampled, write_scored
+from datastore.rollouts_seal import sealed
+from datastore.scoring_protocol import ScoreDocument
+from datastore.shard import TargetShard, TokenShard
+from datastore.target import require_threshold
+from datastore.types import SPLITS, DocTarget, PackedRow, SparseTarget, Split
+
+__all__ = ["RolloutBuffer", "RolloutReader", "SampledCounts", "ScoredRow", "score_document"]
+
+_AGAIN = "free space and run the same command again: finished shards are kept"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ScoredRow:
+    """A packed row of a scored shard. documents, sampled: one each a document of the row."""
+
+    row: PackedRow
+    documents: list[DocTarget | None]
+    sampled: list[ScoredTokens]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Shard:
+    """A sampled shard as read. rollouts: in the order of sampling, with their hashes."""
+
+    record: SampledRecord
+    rows: list[PackedRow]
+    rollouts: list[tuple[StoredRollout, int]]
+
+
+class RolloutReader:
+    """A rollout buffer opened for reading, in any process, while another one writes it. Train shards unless it says so.
+
+    Every read checks the hashes of what it reads: FormatError names the damaged file.
+    """
+
+    def __init__(self, folder: Path, buffer: BufferRecord) -> None:
+        self.folder, self.buffer = Path(folder), buffer
+        self.place = BufferPlace(folder, buffer.slug)
+        self._num_sampled = self._num_scored = 0
+        self._order: IdOrder | None = None
+
+    @classmethod
+    def open_reader(cls, folder: Path | str) -> RolloutReader:
+        """Open the buffer in `folder`. Raises FormatError when there is none."""
+        return RolloutReader(Path(folder), read_record(BufferRecord, buffer_path(Path(folder))))
+
+    @property
+    def num_sampled(self) -> int:
+        """Shards 0..n-1 are sampled and durable; asked of the folder, so it grows."""
+        while self.place.sampled("train", self._num_sampled).exists():
+            self._num_sampled += 1
+        return self._num_sampled
+
+    @property
+    def num_scored(self) -> int:
+        """Shards 0..n-1 have targets; later ones may have some too (`is_scored`)."""
+        while self.is_scored(self._num_scored):
+            self._num_scored += 1
+        return self._num_scored
+
+    def is_scored(self, shard: int) -> bool:
+        """Whether a shard's targets are durable."""
+        return self.place.scored("train", shard).exists()
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether the buffer is a finished dataset."""
+        return (self.folder / MANIFEST_NAME).exists()
+
+    def counts(self, shard: int) -> SampledCounts:
+        """What a shard holds, from its record alone."""
+        return self.sampled_record("train", shard).counts
+
+    def rollouts(self, shard: int) -> list[Rollout]:
+        """The rollouts of a shard in the order of `append`; tokens, spans and logprobs are read-only views."""
+        found = self._read("train", shard)
+        documents = [row.documents() for row in found.rows]
+        return [
+            _rollout(one, found.rows[one.row], documents[one.row]) for one, _ in found.rollouts
+        ]
+
+    def score_documents(self, shard: int) -> list[ScoreDocument]:
+        """What to ask the teacher for, in the order of `rollouts`: `add_targets` takes the answers in that order."""
+        return [score_document(rollout) for rollout in self.rollouts(shard)]
+
+    def rows(self, shard: int) -> list[ScoredRow]:
+        """The packed rows of a scored shard with their targets, decoded, and the logprobs of the sampled tokens."""
+        found, record = self._read("train", shard), self.scored_record("train", shard)
+        where = {"target_id": record.target_id, "split": record.split, "shard": shard}
+        blobs = TargetShard(self.place.targets, record.entry, **where)
+        exact = LogprobShard(self.place.logprobs, record.logprobs, **where)
+        sampled = {
+            (one.row, one.document): ScoredTokens(
+                sampling_logprob_S=one.logprobs_S, teacher_logprob_S=exact.logprobs(index, of)
+            )
+            for index, (one, of) in enumerate(found.rollouts)
+        }
+        order, rows = self._id_order(record), []
+        for index, row in enumerate(found.rows):
+            blob = blobs.blob(index, row.row_hash)
+            if blob is None:
+                raise FormatError(f"{blobs.path} row {index} has no targets", expected="targets")
+            rows.append(
+                ScoredRow(
+                    row=row,
+                    documents=decode_blob(blob, row, order),
+                    sampled=[sampled[index, number] for number in range(len(row.doc_ids))],
+                )
+            )
+        return rows
+
+    def sampled_record(self, split: Split, shard: int) -> SampledRecord:
+        """The record of a sampled shard. Raises FormatError when it is absent, damaged or of another buffer."""
+        record = read_record(SampledRecord, self.place.sampled(split, shard))
+        place = (record.dataset_id, record.split, record.shard)
+        _require_place(record, place, (self.buffer.dataset_id, split, shard))
+        return record
+
+    def scored_record(self, split: Split, shard: int) -> ScoredRecord:
+        """The record of a shard's targets. Raises FormatError when it is absent, damaged or of another buffer."""
+        record = read_record(ScoredRecord, self.place.scored(split, shard))
+        place = (record.target_id, record.split, record.shard)
+        wanted = self.buffer.target_id(record.id_order_sha256)
+        _require_place(record, place, (wanted, split, shard))
+        return record
+
+    def _read(self, split: Split, shard: int) -> _Shard:
+        record = self.sampled_record(split, shard)
+        where = {"dataset_id": record.dataset_id, "split": split, "shard": shard}
+        tokens = TokenShard(
+            self.folder, record.entry, **where, seq_len=self.buffer.seq_len
+        )
+        own = RolloutShard(self.place.rollouts, record.rollouts, **where)
+        return _Shard(
+            record,
+            [tokens.row(index) for index in range(tokens.num_rows)],
+            [own.rollout(index) for index in range(own.num_rows)],
+        )
+
+    def _id_order(self, record: ScoredRecord) -> IdOrder:
+        if self._order is None or self._order.sha256 != record.id_order_sha256:
+            self._order = IdOrder.read(self.place.targets, record.id_order_sha256)
+        return self._order
+
+
+class RolloutBuffer(RolloutReader):
+    """The one writer of a rollout buffer; holds its lock until `close`, or as a context manager."""
+
+    def __init__(self, folder: Path, buffer: BufferRecord, held: contextlib.ExitStack) -> None:
+        super().__init__(folder, buffer)
+        self._held = held
+
+    @classmethod
+    def open(
+        cls, folder: Path | str, identity: dict[str, Any], *, seq_len: int, slug: str, threshold: float
+    ) -> RolloutBuffer:
+        """Create a buffer, or take it up again.
+
+        identity: JSON values, all that the rollouts and their targets depend on (student run, prompts, sampling,
+        teacher). slug: name of the teacher. threshold: of its targets.
+        Raises ResumeError when the folder belongs to another identity, is no buffer, or is being written; FormatError
+        when files of finished shards are absent or damaged.
+        """
+        require_threshold(threshold)
+        plain = json.loads(canonical_json(identity))
+        buffer = BufferRecord(identity=plain, seq_len=seq_len, slug=slug, threshold=threshold)
+        place = BufferPlace(Path(folder), slug)
+        with full_disk_told(place.folder, _AGAIN), contextlib.ExitStack() as stack:
+            stack.enter_context(exclusive_lock(place.work / "lock", "rollouts"))
+            _require_same_buffer(place.folder, buffer)
+            opened = cls(place.folder, buffer, contextlib.ExitStack())
+            opened._take_up()
+            opened._held = stack.pop_all()
+        return opened
+
+    def append(self, rollouts: Sequence[Rollout]) -> int:
+        """Write rollouts as the next shard and give its number; durable on return.
+
+        Raises FormatError for what is no rollout or longer than a row, VpmoeError when the disk is full (nothing is
+        lost: append them again), ResumeError when the buffer is sealed.
+        """
+        self._require_open()
+        shard = self.num_sampled
+        with full_disk_told(self.folder, _AGAIN):
+            write_sampled(self.place, self.buffer, "train", shard, rollouts)
+        return shard
+
+    def add_targets(self, shard: int, targets: Sequence[SparseTarget]) -> None:
+        """Write the targets of a sampled shard, one a rollout in the order of `score_documents`; durable on return.
+
+        Targets in the coordinates of those documents, with entropies, as ScoringClient gives them. A shard that has
+        targets is left as it is. Raises AlignmentError when they are not those of the shard's tokens, FormatError,
+        and VpmoeError and ResumeError as `append`.
+        """
+        self._require_open()
+        if not self.is_scored(shard):
+            self._add_targets("train", shard, targets)
+
+    def seal(
+        self,
+        teacher: dict[str, Any],
+        prompts: DatasetManifest,
+        held_out: Sequence[Rollout] = (),
+        held_out_targets: Sequence[SparseTarget] = (),
+    ) -> tuple[DatasetManifest, TargetManifest]:
+        """Make the buffer a finished dataset with targets; a sealed one is left as it is.
+
+        teacher: identity of the server (`/identity`). prompts: manifest of the dataset that gave the prompts.
+        held_out: the valid split, with its targets in order; without it the dataset has no valid rows, which
+        `vpmoe-train kd` wants. Raises ResumeError when a sampled shard has no targets or nothing is sampled,
+        AlignmentError from the gate.
+        """
+        if self.is_sealed:
+            return (
+                load_dataset_manifest(self.folder),
+                load_target_manifest(self.folder, self.buffer.slug),
+            )
+        self._require_scored()
+        with full_disk_told(self.folder, _AGAIN):
+            if held_out:
+                write_sampled(self.place, self.buffer, "valid", 0, held_out)
+                self._add_targets("valid", 0, held_out_targets)
+            return sealed(self, teacher, prompts, ("train", "valid") if held_out else ("train",))
+
+    def close(self) -> None:
+        """Give up the lock."""
+        self._held.close()
+
+    def __enter__(self) -> RolloutBuffer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _add_targets(self, split: Split, shard: int, targets: Sequence[SparseTarget]) -> None:
+        found = self._read(split, shard)
+        with full_disk_told(self.folder, _AGAIN):
+            write_scored(
+                self.place,
+                self.buffer,
+                found.record,
+                found.rows,
+                found.rollouts,
+                targets,
+                self._first_order(),
+            )
+
+    def _first_order(self) -> IdOrder:
+        """The order of ids of all targets of this buffer: by the targets of its first shard."""
+        if self._order is None:
+            self._order = order_of_rows(self._read("train", 0).rows)
+        return self._order
+
+    def _take_up(self) -> None:
+        """Sweep what a killed writer left, and look at the presence and size of every file that a record lists."""
+        splits = SPLITS if self.is_sealed else ("train",)
+        listed: set[Path] = set()
+        for split in splits:
+            listed |= self._listed(split)
+        for split in SPLITS:
+            for folder, records in self.place.shard_folders(split).items():
+                for path in (folder, records, self.folder, self.place.rollouts, self.place.targets):
+                    sweep_temporaries(path)
+                for path in sorted({*folder.glob("*.arrow"), *records.glob("*.json")} - listed):
+                    path.unlink(missing_ok=True)
+
+    def _listed(self, split: Split) -> set[Path]:
+        """Every file of the split that is to stay. Raises FormatError: a gap, a missing file, one of another size."""
+        place, listed = self.place, set[Path]()
+        numbers = sorted(_number(path) for path in (place.rollouts / split).glob("shard-*.json"))
+        if numbers != list(range(len(numbers))):
+            raise FormatError(
+                f"{place.rollouts / split} lacks the record of a shard before the last",
+                got=f"{len(numbers)} records up to {numbers[-1]}",
+                remedy="restore the file",
+            )
+        for shard in numbers:
+            record = self.sampled_record(split, shard)
+            listed |= {
+                place.sampled(split, shard),
+                _present(place.folder, record.entry),
+                _present(place.rollouts, record.rollouts),
+            }
+            if place.scored(split, shard).exists():
+                scored = self.scored_record(split, shard)
+                listed |= {
+                    place.scored(split, shard),
+                    _present(place.targets, scored.entry),
+                    _present(place.logprobs, scored.logprobs),
+                }
+        return listed
+
+    def _require_open(self) -> None:
+        if self.is_sealed:
+            raise ResumeError(
+                f"{self.folder} is sealed: nothing can be added", remedy="start another buffer"
+            )
+
+    def _require_scored(self) -> None:
+        missing = [n for n in range(self.num_sampled) if not self.is_scored(n)]
+        if missing or not self.num_sampled:
+            shown = ", ".join(map(str, missing[:8])) + ", ..." * (len(missing) > 8)
+            raise ResumeError(
+                f"{self.folder} cannot be sealed",
+                got=f"no targets of {len(missing)} shards ({shown})" if missing else "no shard",
+                remedy="score every sampled shard first",
+            )
+
+
+def _rollout(one: StoredRollout, row: PackedRow, documents: list[slice]) -> Rollout:
+    where = documents[one.document]
+    tokens = slice(where.start, where.stop - 1)
+    return Rollout(
+        prompt=one.prompt,
+        sample=one.sample,
+        doc_id=one.prompt_id,
+        language=row.languages[one.document],
+        exercise=row.exercises[one.document],
+        tokens_T=row.tokens_T[tokens],
+        spans_T=row.spans_T[tokens],
+        logprobs_S=one.logprobs_S,
+        policy_version=one.policy_version,
+        reasoning=one.reasoning,  # type: ignore[arg-type]  # held by its hash
+        verdict=one.verdict,
+    )
+
+
+def _require_same_buffer(folder: Path, buffer: BufferRecord) -> None:
+    """Begin a buffer in an empty folder; ResumeError unless the one that is there is the same."""
+    path = buffer_path(folder)
+    if not path.exists():
+        strangers = [name for name in (MANIFEST_NAME, "train", "valid") if (folder / name).exists()]
+        if strangers:
+            raise ResumeError(
+                f"{folder} holds {strangers[0]} and is no buffer of rollouts",
+                remedy="choose another folder",
+            )
+        write_record(path, buffer)
+        return
+    found = differences(read_record(BufferRecord, path).resolved(), buffer.resolved())
+    if found:
+        groups = {
+            "identity": {key: v for key, v in found.items() if key.startswith("identity")},
+            "buffer": {key: v for key, v in found.items() if not key.startswith("identity")},
+        }
+        raise ResumeError(
+            f"{folder} holds rollouts of another run:\n\n{difference_table(groups, 'stored')}\n\n",
+            remedy="go on with the stored values, or start another buffer in another folder",
+        )
+
+
+def _require_place(record: object, found: tuple[object, ...], wanted: tuple[object, ...]) -> None:
+    if found != wanted:
+        raise FormatError(
+            f"a {type(record).__name__} of another shard or buffer", got=found, expected=wanted
+        )
+
+
+def _present(folder: Path, entry: FileEntry) -> Path:
+    path = folder / entry.name
+    size = path.stat().st_size if path.exists() else None
+    if size != entry.bytes:
+        raise FormatError(
+            f"{path} of a finished shard is damaged",
+            got="no file" if size is None else f"{size} bytes",
+            expected=f"{entry.bytes} bytes",
+            remedy="restore the file; `vpmoe-data verify` lists every damaged file",
+        )
+    return path
+
+
+def _number(path: Path) -> int:
+    return int(path.stem.removeprefix("shard-"))
