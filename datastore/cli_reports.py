@@ -24,7 +24,8 @@ def default_dataset() -> Path:
 def verify(dataset: Path | None, workers: int | None) -> None:
     """Check every hash and every invariant of DATASET and of the targets beside it.
 
-    Prints the first fault of each kind with its file and row, and exits with 1 when there is any.
+    Prints the first fault of each kind with its file and row, and exits with 1 when there is any. Of a buffer of rollouts
+    that is not sealed, it checks the shards that are there.
 
     \b
     vpmoe-data verify
@@ -33,15 +34,18 @@ def verify(dataset: Path | None, workers: int | None) -> None:
     import os
 
     from datastore.verify import summary, verify_dataset
+    from datastore.verify_buffer import buffer_summary, is_unsealed_buffer, verify_buffer
 
     folder = dataset or default_dataset()
-    faults = verify_dataset(folder, workers=workers or len(os.sched_getaffinity(0)))
+    is_unsealed = is_unsealed_buffer(folder)
+    check = verify_buffer if is_unsealed else verify_dataset
+    faults = check(folder, workers=workers or len(os.sched_getaffinity(0)))
     for fault in faults:
         click.echo(fault)
     if faults:
         kinds = "kind" if len(faults) == 1 else "kinds"
         raise FormatError(f"{folder} has {len(faults)} {kinds} of faults, listed above")
-    click.echo(summary(folder))
+    click.echo(buffer_summary(folder) if is_unsealed else summary(folder))
 
 
 def _positions(_ctx: click.Context, _option: click.Parameter, text: str | None) -> slice | None:

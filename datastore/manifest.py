@@ -158,6 +158,12 @@ class DatasetManifest(_Manifest):
     origin: dict[str, Any] | None = None
     rollouts: RolloutsInfo | None = None
 
+    @model_validator(mode="after")
+    def _rollouts_stand_beside(self) -> DatasetManifest:
+        if self.rollouts is not None:
+            _require_beside(self.files, self.rollouts.files)
+        return self
+
 
 class QuarantinedDocument(Config):
     """A document that no engine could score, and why. row: within its shard. doc_id: hex."""
@@ -201,6 +207,13 @@ class TargetManifest(_Manifest):
     self_noise: dict[str, Any]
     origin: dict[str, Any] | None = None
     logprobs: dict[Split, tuple[FileEntry, ...]] | None = None
+
+    @model_validator(mode="after")
+    def _logprobs_stand_beside(self) -> TargetManifest:
+        if self.logprobs is not None:
+            _require_names(self.logprobs)
+            _require_beside(self.files, self.logprobs)
+        return self
 
 
 AnyManifest = TypeVar("AnyManifest", bound=_Manifest)
@@ -318,6 +331,13 @@ def _require_names(files: Mapping[Split, Sequence[FileEntry]]) -> None:
         for shard, entry in enumerate(entries):
             if entry.name != shard_name(split, shard):
                 raise ValueError(f"file {shard} of {split} is named {entry.name}")
+
+
+def _require_beside(
+    files: Mapping[Split, Sequence[FileEntry]], others: Mapping[Split, Sequence[FileEntry]]
+) -> None:
+    if wrong := [split for split in files if len(files[split]) != len(others.get(split, ()))]:
+        raise ValueError(f"not every {wrong[0]} shard has its rollouts beside it")
 
 
 def _added(mine: Mapping[str, int], theirs: Mapping[str, int]) -> dict[str, int]:

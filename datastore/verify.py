@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from datastore.faults import Fault, Faults, verify_file
 from datastore.manifest import (
     MANIFEST_NAME,
     DatasetManifest,
-    TargetManifest,
+    SampledCounts,
     load_dataset_manifest,
 )
 from datastore.reader import Dataset, TargetStore
@@ -36,6 +36,7 @@ from datastore.verify_targets import (
     target_prefix,
     verify_store,
 )
+from datastore.verify_rollouts import PREFIX, RolloutCheck, RolloutJob, verify_rollout_counts
 from datastore.workers import run_jobs
 
 
@@ -51,14 +52,24 @@ def verify_dataset(folder: Path, *, workers: int = 1) -> list[Fault]:
     except VpmoeError as error:
         return [Fault("manifest", MANIFEST_NAME, None, str(error))]
     stores = list(_open_stores(dataset, faults))
-    _verify_unlisted(folder, dataset.manifest, "", faults)
+    info = dataset.manifest.rollouts
+    _verify_unlisted(folder, dataset.manifest.files, "", faults)
+    if info is not None:
+        _verify_unlisted(folder / PREFIX, info.files, PREFIX, faults)
     for store in stores:
-        _verify_unlisted(store.path, store.manifest, target_prefix(store.manifest.slug), faults)
-    reports = _shard_reports(dataset, stores, workers)
+        prefix = target_prefix(store.manifest.slug)
+        _verify_unlisted(store.path, store.manifest.files, prefix, faults)
+        if store.manifest.logprobs is not None:
+            logprobs = store.manifest.logprobs
+            _verify_unlisted(store.path / "logprobs", logprobs, f"{prefix}logprobs/", faults)
+    reports = shard_reports(_shard_jobs(dataset, stores), workers)
     for report in reports:
         faults.merge(report.faults)
     _verify_counts(dataset.manifest, reports, faults)
-    _verify_identities(reports, faults)
+    if info is not None:
+        found = {split: [r.sampled for r in reports if r.split == split] for split in SPLITS}
+        verify_rollout_counts(info, found, faults)
+    verify_identities(reports, faults)
     for store in stores:
         of_store: dict[Split, list[TargetReport]] = {split: [] for split in SPLITS}
         for report in reports:
@@ -87,7 +98,7 @@ def target_slugs(folder: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class ShardJob:
-    """One token shard and the target shards beside it; all that a worker needs."""
+    """One token shard and the target shards beside it; all that a worker needs. rollouts: None but for a buffer."""
 
     folder: Path
     entry: FileEntry
@@ -96,11 +107,12 @@ class ShardJob:
     shard: int
     seq_len: int
     targets: tuple[TargetJob, ...]
+    rollouts: RolloutJob | None = None
 
 
 @dataclass
 class ShardReport:
-    """What was found in one shard. is_whole: every row could be read.
+    """What was found in one shard. is_whole: every row could be read. sampled: of rollouts, when all could be read.
 
     doc_ids: 16 bytes each. read_rows: numbers of the rows that could be read; doc_ends: documents up to each of them.
     """
@@ -111,6 +123,7 @@ class ShardReport:
     targets: dict[str, TargetReport]
     faults: Faults
     is_whole: bool = True
+    sampled: SampledCounts | None = None
     doc_ids: bytearray = field(default_factory=bytearray)
     read_rows: array[int] = field(default_factory=lambda: array("q"))
     doc_ends: array[int] = field(default_factory=lambda: array("q"))
@@ -133,13 +146,15 @@ def verify_shard(job: ShardJob) -> ShardReport:
     """Hash the files of a job, then read every row with its targets."""
     name, faults = job.entry.name, Faults()
     verify_file(job.folder, job.entry, "", faults)
-    checks = [TargetCheck(target, faults) for target in job.targets]
+    rollouts = None if job.rollouts is None else RolloutCheck(job.rollouts, faults)
+    checks = [TargetCheck(target, faults, rollouts) for target in job.targets]
     report = ShardReport(
         split=job.split,
         shard=job.shard,
         tally=RowTally(job.seq_len),
         targets={check.job.slug: check.report for check in checks},
         faults=faults,
+        sampled=None if rollouts is None else rollouts.counts,
     )
     try:
         tokens = TokenShard(
@@ -160,17 +175,24 @@ def verify_shard(job: ShardJob) -> ShardReport:
             report.unreadable("row", name, index, str(error))
             continue
         report.add(row, index)
-        _verify_row(row, name, index, faults)
+        _verify_padding(row, name, index, faults)
+        if rollouts is None:
+            _verify_documents(row, name, index, faults)
+        else:
+            rollouts.see(index, row)
         for check in checks:
             check.see(index, row)
     return report
 
 
-def _verify_row(row: PackedRow, name: str, index: int, faults: Faults) -> None:
+def _verify_padding(row: PackedRow, name: str, index: int, faults: Faults) -> None:
     try:
         check_padding(row)
     except FormatError as error:
         faults.add("padding", name, index, str(error))
+
+
+def _verify_documents(row: PackedRow, name: str, index: int, faults: Faults) -> None:
     for number, where in enumerate(row.documents()):
         try:
             check_document(row.tokens_T[where], row.spans_T[where])
@@ -192,19 +214,18 @@ def _open_stores(dataset: Dataset, faults: Faults) -> Iterator[TargetStore]:
 
 
 def _verify_unlisted(
-    folder: Path, manifest: DatasetManifest | TargetManifest, prefix: str, faults: Faults
+    folder: Path, files: Mapping[Split, Sequence[FileEntry]], prefix: str, faults: Faults
 ) -> None:
     for split in SPLITS:
-        listed = {entry.name for entry in manifest.entries(split)}
+        listed = {entry.name for entry in files.get(split, ())}
         for path in sorted((folder / split).glob("*.arrow")):
             if (name := f"{split}/{path.name}") not in listed:
                 faults.add("unlisted file", prefix + name, None, "the manifest does not list it")
 
 
-def _shard_reports(dataset: Dataset, stores: list[TargetStore], workers: int) -> list[ShardReport]:
-    """The reports of all shards, in order."""
+def _shard_jobs(dataset: Dataset, stores: list[TargetStore]) -> list[ShardJob]:
     manifest = dataset.manifest
-    jobs = [
+    return [
         ShardJob(
             folder=dataset.path,
             entry=entry,
@@ -213,14 +234,28 @@ def _shard_reports(dataset: Dataset, stores: list[TargetStore], workers: int) ->
             shard=shard,
             seq_len=manifest.seq_len,
             targets=tuple(target_job(store, split, shard) for store in stores),
+            rollouts=_rollout_job(dataset, split, shard),
         )
         for split in SPLITS
         for shard, entry in enumerate(manifest.entries(split))
     ]
+
+
+def _rollout_job(dataset: Dataset, split: Split, shard: int) -> RolloutJob | None:
+    info = dataset.manifest.rollouts
+    if info is None:
+        return None
+    entry = info.files[split][shard]
+    return RolloutJob(dataset.path / PREFIX, entry, dataset.manifest.dataset_id, split, shard)
+
+
+def shard_reports(jobs: Sequence[ShardJob], workers: int) -> list[ShardReport]:
+    """The reports of all shards, in order."""
+    rows = {(job.split, job.shard): job.entry.rows for job in jobs}
     reports = []
-    with logs.progress("verify", sum(job.entry.rows for job in jobs), "rows") as bar:
+    with logs.progress("verify", sum(rows.values()), "rows") as bar:
         for report in run_jobs(verify_shard, jobs, workers=workers):
-            bar.advance(manifest.entries(report.split)[report.shard].rows)
+            bar.advance(rows[report.split, report.shard])
             reports.append(report)
     return sorted(reports, key=lambda report: (SPLITS.index(report.split), report.shard))
 
@@ -239,7 +274,7 @@ def _verify_counts(manifest: DatasetManifest, reports: list[ShardReport], faults
             faults.add("counts", MANIFEST_NAME, None, message)
 
 
-def _verify_identities(reports: list[ShardReport], faults: Faults) -> None:
+def verify_identities(reports: list[ShardReport], faults: Faults) -> None:
     """No document twice, over all shards."""
     starts = list(itertools.accumulate((r.tally.documents for r in reports), initial=0))
     doc_ids = b"".join(report.doc_ids for report in reports)

@@ -23,13 +23,15 @@ from datastore.selection import Selection
 from datastore.shard import FileEntry, TargetShard, shard_name
 from datastore.target import row_target
 from datastore.types import PackedRow, Split
+from datastore.verify_rollouts import LogprobCheck, RolloutCheck
 
 
 @dataclass(frozen=True)
 class TargetJob:
     """The target shard of one teacher beside a token shard. quarantine: of this shard.
 
-    is_repacked: the fraction of the selection is of rows that were packed otherwise.
+    is_repacked: the fraction of the selection is of rows that were packed otherwise. logprobs: of rollouts, the shard of
+    exact ones.
     """
 
     slug: str
@@ -43,6 +45,7 @@ class TargetJob:
     selection: Selection
     quarantine: tuple[QuarantinedDocument, ...]
     is_repacked: bool
+    logprobs: FileEntry | None = None
 
 
 @dataclass
@@ -78,13 +81,16 @@ def target_job(store: TargetStore, split: Split, shard: int) -> TargetJob:
         selection=store_selection(manifest),
         quarantine=tuple(q for q in manifest.quarantine if (q.split, q.shard) == (split, shard)),
         is_repacked=manifest.origin is not None,
+        logprobs=manifest.logprobs[split][shard] if manifest.logprobs is not None else None,
     )
 
 
 class TargetCheck:
     """One target shard, read row by row beside the rows of its token shard. report: what was counted so far."""
 
-    def __init__(self, job: TargetJob, faults: Faults) -> None:
+    def __init__(
+        self, job: TargetJob, faults: Faults, rollouts: RolloutCheck | None = None
+    ) -> None:
         self.job, self._faults = job, faults
         self.report = TargetReport(TargetTally(job.threshold))
         self._file = target_prefix(job.slug) + job.entry.name
@@ -93,6 +99,12 @@ class TargetCheck:
             self._quarantine.setdefault(document.row, {})[document.document] = document
         verify_file(job.folder, job.entry, target_prefix(job.slug), faults)
         place = {"target_id": job.target_id, "split": job.split, "shard": job.shard}
+        self._logprobs = None
+        if job.logprobs is not None and rollouts is not None:
+            prefix = target_prefix(job.slug)
+            self._logprobs = LogprobCheck(
+                job.folder, job.logprobs, prefix, rollouts, faults, **place
+            )
         self._shard: TargetShard | None = None
         try:
             self._shard = TargetShard(job.folder, job.entry, **place)
@@ -125,6 +137,8 @@ class TargetCheck:
         if sparse.threshold != self.job.threshold:
             raise FormatError("threshold", got=sparse.threshold, expected=self.job.threshold)
         self.report.tally.add(self.job.split, row, documents, sparse, blob)
+        if self._logprobs is not None:
+            self._logprobs.see(index, documents)
         return np.array([document is not None for document in documents])
 
     def _unreadable(self, kind: str, index: int | None, message: str) -> None:
