@@ -24,8 +24,8 @@ def default_dataset() -> Path:
 def verify(dataset: Path | None, workers: int | None) -> None:
     """Check every hash and every invariant of DATASET and of the targets beside it.
 
-    Prints the first fault of each kind with its file and row, and exits with 1 when there is any. Of a buffer of rollouts
-    that is not sealed, it checks the shards that are there.
+    Prints the first fault of each kind with its file and row, and exits with 1 when there is any. Of a buffer of
+    rollouts that is not sealed, it checks the shards that are there.
 
     \b
     vpmoe-data verify

@@ -139,8 +139,8 @@ class _Manifest(Config):
 class DatasetManifest(_Manifest):
     """A dataset of packed rows. config: the resolved DataConfig. rejects, truncated: documents by reason.
 
-    origin: the dataset that a repack was made from, null for a build. rollouts: null but for a buffer of rollouts, which
-    has config, renderer, sources and split rule of the dataset that gave the prompts.
+    origin: the dataset that a repack was made from, null for a build. rollouts: null but for a sealed buffer of
+    rollouts, whose config, renderer, sources and split rule are those of the dataset that gave the prompts.
     """
 
     dataset_id: str

@@ -69,8 +69,8 @@ def repack_dataset(
     run on a finished repack too; all complete ones when empty. Documents longer than seq_len are left out and counted
     (`longer_than_seq_len`), never cut: their targets would not fit.
 
-    Raises ConfigError (out is not apart from origin, another key than pack.*), ResumeError (out holds another dataset,
-    or another process is at work), FormatError (a damaged origin), SourceError (no document is short enough),
+    Raises ConfigError (out is not apart from origin, another key than pack.*, rollouts), ResumeError (out holds another
+    dataset, or another process is at work), FormatError (a damaged origin), SourceError (no document is short enough),
     AlignmentError (targets of other tokens), VpmoeError (disk full, a worker died).
     """
     origin, out = Path(origin).resolve(), Path(out).resolve()
@@ -79,6 +79,11 @@ def repack_dataset(
             "repack reads one dataset and writes another", got=out, expected=f"apart from {origin}"
         )
     dataset = Dataset.open(origin)
+    if dataset.manifest.rollouts is not None:
+        raise ConfigError(
+            f"{origin} is a dataset of rollouts, whose own columns a repack would lose",
+            remedy="train on it at its seq_len",
+        )
     config = _config(dataset.manifest, out, seq_len, overrides)
     stores = [TargetStore.open(dataset, slug) for slug in teachers or target_slugs(origin)]
     with held_folder(out, "repack"):

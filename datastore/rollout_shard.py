@@ -277,9 +277,7 @@ def _float_lists(lists: Sequence[np.ndarray], schema: pa.Schema) -> pa.ListArray
     offsets = np.zeros(len(lists) + 1, np.int32)
     np.cumsum([len(values) for values in lists], out=offsets[1:])
     values = pa.array(np.concatenate(lists).astype(np.float32, copy=False))
-    return pa.ListArray.from_arrays(
-        pa.array(offsets), values, type=schema.field("logprobs").type
-    )
+    return pa.ListArray.from_arrays(pa.array(offsets), values, type=schema.field("logprobs").type)
 
 
 def _field(name: str, kind: pa.DataType) -> pa.Field:

@@ -246,9 +246,7 @@ def write_scored(
     return record
 
 
-def _document_target(
-    row: PackedRow, document: int, target: SparseTarget, name: str
-) -> DocTarget:
+def _document_target(row: PackedRow, document: int, target: SparseTarget, name: str) -> DocTarget:
     where = row.documents()[document]
     tokens_T, spans_T = row.tokens_T[where], row.spans_T[where]
     positions_P = target_positions(tokens_T, spans_T)

@@ -94,7 +94,9 @@ def dataset_manifest(
         sources=prompts.sources,
         split_rule=prompts.split_rule,
         counts={
-            split: sum((record.row_counts for record in found), RowCounts()).of_split(buffer.seq_len)
+            split: sum((record.row_counts for record in found), RowCounts()).of_split(
+                buffer.seq_len
+            )
             for split, found in sampled.items()
         },
         rejects={},

@@ -18,6 +18,7 @@ from common.errors import ConfigError
 from common.tokenizer import FIRST_CONTROL_ID, encoding
 from datastore.manifest import TargetManifest
 from datastore.reader import Dataset, TargetStore
+from datastore.rollout_shard import RolloutShard, StoredRollout
 from datastore.shard import shard_name
 from datastore.target import row_target
 from datastore.types import PackedRow, SparseTarget, Split
@@ -66,6 +67,8 @@ def print_row(
     title = f"{split} row {index:,} of {dataset.num_rows(split):,}: {shard_name(split, shard)} row {number}"
     console.print(Text(title, style="bold"))
     console.print(_documents_table(row))
+    if rollouts := _rollouts(dataset, split, shard, number):
+        console.print(_rollouts_table(rollouts))
     for renderable in row_text(row):
         console.print(renderable, soft_wrap=isinstance(renderable, Text))
     slugs = [teacher] if teacher else target_slugs(folder)
@@ -130,6 +133,31 @@ def _runs(values_T: np.ndarray) -> Iterator[tuple[int, int]]:
     """(start, end) of each stretch of equal values."""
     changes = (np.flatnonzero(values_T[1:] != values_T[:-1]) + 1).tolist()
     return itertools.pairwise([0, *changes, len(values_T)])
+
+
+def _rollouts(dataset: Dataset, split: Split, shard: int, row: int) -> list[StoredRollout]:
+    """The rollouts in a row in the order of its documents; none in a dataset of another kind."""
+    manifest = dataset.manifest
+    if manifest.rollouts is None:
+        return []
+    entry = manifest.rollouts.files[split][shard]
+    place = {"dataset_id": manifest.dataset_id, "split": split, "shard": shard}
+    stored = RolloutShard(dataset.path / "rollouts", entry, **place)
+    found = (stored.rollout(index)[0] for index in range(stored.num_rows))
+    return sorted((one for one in found if one.row == row), key=lambda one: one.document)
+
+
+def _rollouts_table(rollouts: list[StoredRollout]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("document", "prompt", "sample", "policy version", "mean logprob"):
+        table.add_column(heading, justify="left" if heading == "document" else "right")
+    table.add_column("teacher's mode")
+    table.add_column("verdict")
+    for one in rollouts:
+        numbers = [f"{number:,}" for number in (one.prompt, one.sample, one.policy_version)]
+        logprob = f"{one.logprobs_S.mean():.3f}"
+        table.add_row(str(one.document), *numbers, logprob, one.reasoning, one.verdict)
+    return table
 
 
 def _documents_table(row: PackedRow) -> Table:

@@ -12,10 +12,10 @@ from rich.text import Text
 
 from common.errors import FormatError
 from datastore.budget import Budget, ClassBudget
-from datastore.manifest import TargetManifest, load_target_manifest
+from datastore.manifest import SampledCounts, TargetManifest, load_target_manifest
 from datastore.reader import Dataset
 from datastore.summary import print_summary
-from datastore.types import SPLITS
+from datastore.types import SPLITS, Split
 from datastore.verify import target_slugs
 
 # Rows whose document lengths are read, evenly over the dataset: about a second.
@@ -35,10 +35,23 @@ def print_stats(folder: Path, console: Console) -> None:
     if len(lengths):
         console.print(_histogram_table(lengths, title))
     documents = sum(counts.documents for counts in dataset.manifest.counts.values())
+    if dataset.manifest.rollouts is not None:
+        for split, sampled in dataset.manifest.rollouts.counts.items():
+            console.print(rollouts_line(split, sampled), markup=False, soft_wrap=True)
     for slug in target_slugs(folder):
         manifest = load_target_manifest(folder, slug)
         console.print(_budget_table(manifest))
         console.print(scored_line(manifest, documents), markup=False, soft_wrap=True)
+
+
+def rollouts_line(split: Split, counts: SampledCounts) -> str:
+    """What the student sampled: how often it kept to the format, the teacher's modes, the weights that sampled."""
+    verdicts = sorted(counts.verdicts.items(), key=lambda item: (-item[1], item[0]))
+    shares = [f"{name} {count / counts.rollouts:.1%}" for name, count in verdicts]
+    modes = [f"{name} {count / counts.rollouts:.1%}" for name, count in counts.modes.items()]
+    versions = f"policy versions {counts.first_version:,} to {counts.last_version:,}"
+    parts = [f"{split}: {counts.rollouts:,} rollouts", ", ".join(shares)]
+    return "; ".join([*parts, "teacher's mode " + ", ".join(modes), versions])
 
 
 def scored_line(manifest: TargetManifest, documents: int) -> str:

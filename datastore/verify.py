@@ -27,6 +27,7 @@ from datastore.manifest import (
 from datastore.reader import Dataset, TargetStore
 from datastore.shard import DOC_ID_BYTES, FileEntry, TokenShard, shard_name
 from datastore.types import SPLITS, PackedRow, Split
+from datastore.verify_rollouts import PREFIX, RolloutCheck, RolloutJob, verify_rollout_counts
 from datastore.verify_targets import (
     TargetCheck,
     TargetJob,
@@ -36,7 +37,6 @@ from datastore.verify_targets import (
     target_prefix,
     verify_store,
 )
-from datastore.verify_rollouts import PREFIX, RolloutCheck, RolloutJob, verify_rollout_counts
 from datastore.workers import run_jobs
 
 

@@ -8,8 +8,8 @@ from common.errors import VpmoeError
 from datastore.checks import RowTally
 from datastore.faults import Fault, Faults
 from datastore.manifest import MANIFEST_NAME
+from datastore.rollout_reader import RolloutReader
 from datastore.rollout_records import SampledRecord, ScoredRecord, buffer_path
-from datastore.rollouts import RolloutReader
 from datastore.selection import Selection
 from datastore.verify import ShardJob, ShardReport, shard_reports, verify_identities
 from datastore.verify_rollouts import RolloutJob

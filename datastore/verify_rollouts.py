@@ -103,9 +103,7 @@ class RolloutCheck:
         first: dict[int, StoredRollout] = {}
         for index, (one, _) in self.stored.items():
             other = first.setdefault(one.prompt, one)
-            mine, theirs = (
-                (r.prompt_id, r.prompt_tokens, r.reasoning) for r in (one, other)
-            )
+            mine, theirs = ((r.prompt_id, r.prompt_tokens, r.reasoning) for r in (one, other))
             if mine != theirs:
                 message = f"prompt {one.prompt} is another one before"
                 self._faults.add("rollout prompts", self._file, index, message)
@@ -146,7 +144,12 @@ class LogprobCheck:
     """The exact teacher logprobs beside one target shard, held against what the targets store of them."""
 
     def __init__(
-        self, folder: Path, entry: FileEntry, prefix: str, rollouts: RolloutCheck, faults: Faults,
+        self,
+        folder: Path,
+        entry: FileEntry,
+        prefix: str,
+        rollouts: RolloutCheck,
+        faults: Faults,
         **place: object,
     ) -> None:
         self._rollouts, self._faults = rollouts, faults

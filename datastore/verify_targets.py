@@ -30,8 +30,8 @@ from datastore.verify_rollouts import LogprobCheck, RolloutCheck
 class TargetJob:
     """The target shard of one teacher beside a token shard. quarantine: of this shard.
 
-    is_repacked: the fraction of the selection is of rows that were packed otherwise. logprobs: of rollouts, the shard of
-    exact ones.
+    is_repacked: the fraction of the selection is of rows that were packed otherwise. logprobs: the shard of exact
+    ones, of rollouts alone.
     """
 
     slug: str

@@ -59,7 +59,9 @@ def require_same_run(stored: dict[str, Any], wanted: dict[str, Any]) -> None:
     }
     if any(groups.values()):
         raise ResumeError(
-            "the checkpoint is of another run:\n\n" + difference_table(groups, "checkpoint") + "\n\n",
+            "the checkpoint is of another run:\n\n"
+            + difference_table(groups, "checkpoint")
+            + "\n\n",
             remedy="resume with the values of the checkpoint, or start a new run (run=FOLDER), from these weights "
             f"alone by init_from.run={stored['config'].get('run')}. Free to change: {', '.join(FREE_KEYS)}",
         )

@@ -31,7 +31,12 @@ def whole(number: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rollout(
-    number: int, *, sample: int = 0, keep: int | None = None, break_at: int | None = None, version: int = 0
+    number: int,
+    *,
+    sample: int = 0,
+    keep: int | None = None,
+    break_at: int | None = None,
+    version: int = 0,
 ) -> Rollout:
     """A rollout of prompt `number`: the valid one, its first `keep` tokens, or broken by a control id at `break_at`."""
     prompt_T, sampled_S = whole(number % 7)
@@ -66,9 +71,7 @@ def shard_of(number: int, size: int = 5) -> list[Rollout]:
 
 def held_out(size: int = 4) -> list[Rollout]:
     """Rollouts of prompts that no shard has."""
-    return [
-        dataclasses.replace(rollout(n, version=9), doc_id=bytes([n]) * 16) for n in range(size)
-    ]
+    return [dataclasses.replace(rollout(n, version=9), doc_id=bytes([n]) * 16) for n in range(size)]
 
 
 def targets_of(buffer: RolloutBuffer, shard: int) -> list[SparseTarget]:
