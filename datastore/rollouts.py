@@ -181,11 +181,14 @@ class RolloutBuffer(RolloutReader):
     def _listed(self, split: Split) -> set[Path]:
         """Every file of the split that is to stay. Raises FormatError: a gap, a missing file, one of another size."""
         place, listed = self.place, set[Path]()
-        numbers = sorted(_number(path) for path in (place.rollouts / split).glob("shard-*.json"))
-        if numbers != list(range(len(numbers))):
+        numbers = _numbers(place.rollouts / split)
+        # A target's record is written after that of its shard, so it can be the last one that is there.
+        last = max([*numbers, *_numbers(place.logprobs / split)], default=-1)
+        if len(numbers) <= last:
             raise FormatError(
-                f"{place.rollouts / split} lacks the record of a shard before the last",
-                got=f"{len(numbers)} records up to {numbers[-1]}",
+                f"{place.rollouts / split} lacks the record of a finished shard",
+                got=f"{len(numbers)} records",
+                expected=f"{last + 1}",
                 remedy="restore the file",
             )
         for shard in numbers:
@@ -258,5 +261,6 @@ def _present(folder: Path, entry: FileEntry) -> Path:
     return path
 
 
-def _number(path: Path) -> int:
-    return int(path.stem.removeprefix("shard-"))
+def _numbers(folder: Path) -> list[int]:
+    """Of the shards whose records lie in `folder`."""
+    return sorted(int(path.stem.removeprefix("shard-")) for path in folder.glob("shard-*.json"))
