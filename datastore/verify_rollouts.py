@@ -206,7 +206,7 @@ def verify_rollout_counts(
             continue
         total = None
         for shard, part in enumerate(counts):
-            if shard and part.first_version < counts[shard - 1].first_version:
+            if shard and part.first_version < counts[shard - 1].last_version:
                 message = f"{split} shard {shard} is sampled by older weights than the one before"
                 faults.add("policy versions", MANIFEST_NAME, None, message)
             total = part if total is None else total.merged(part)

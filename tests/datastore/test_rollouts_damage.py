@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -143,11 +144,9 @@ def test_every_flipped_bit_and_cut_of_a_record_is_refused(tmp_path, handmade):
     size = path.stat().st_size
     for bit in range(size * 8):
         handmade.flip_bit(path, bit)
-        try:
+        with contextlib.suppress(FormatError):
             # A flip may turn white space into other white space: then the values are the same.
             assert read_self_hashed(SampledRecord, path) == whole
-        except FormatError:
-            pass
         handmade.flip_bit(path, bit)
     text = path.read_bytes()
     for end in range(len(text.rstrip())):
@@ -190,7 +189,7 @@ def test_shards_that_were_exchanged_are_refused(tmp_path):
     assert RolloutBuffer.open_reader(tmp_path).rows(1)
 
 
-# Three shards, the targets of each after the next one is sampled, as a run with a lag does it; killed just before its
+# Two shards, the targets of each after the next one is sampled, as a run with a lag does it; killed just before its
 # n-th commit, for every n, and each time finished by a second process.
 _KILL_AT_EVERY_COMMIT = """
 import os, signal, sys
@@ -199,7 +198,7 @@ from common import tokenizer
 from tests.datastore.rollout_cases import open_buffer, shard_of, targets_of
 
 os.fsync = lambda fd: None  # a killed process loses nothing that it wrote; only a power cut would
-SHARDS = 3
+SHARDS = 2
 
 def run(folder, kill_at):
     pid = os.fork()
@@ -240,7 +239,7 @@ def test_killed_before_any_commit_a_second_run_ends_at_the_same_bytes(tmp_path):
     results = sorted((tmp_path / "out").iterdir(), key=lambda path: int(path.name))
     whole = content(results.pop())
     # buffer.json; two files and a record of each shard, and again of its targets; the order of ids.
-    assert len(results) == 1 + 3 * (3 + 3) + 1
+    assert len(results) == 1 + 2 * (3 + 3) + 1
     for folder in results:
         assert content(folder) == whole, folder.name
 
@@ -264,10 +263,8 @@ def test_killed_at_any_moment_no_finished_shard_is_lost(tmp_path, delay_ms):
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as writer:
         while (line := writer.stdout.readline()) != "2\n":
             assert line
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             writer.wait(delay_ms / 1000)
-        except subprocess.TimeoutExpired:
-            pass
         writer.send_signal(signal.SIGKILL)
         finished = [2, *map(int, writer.stdout.read().split())]
     with open_buffer(tmp_path / "killed") as buffer:
