@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import random
+import socket
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import httpx
 import numpy as np
@@ -23,19 +27,41 @@ from datastore.scoring_protocol import (
 )
 from datastore.types import SparseTarget
 
-__all__ = ["ScoreDocument", "ScoringClient"]
+__all__ = ["DocumentFailed", "DocumentRefused", "NoAnswer", "ScoreDocument", "ScoringClient"]
 
 _CONNECT_SEC = 10.0
 _FIRST_PAUSE_SEC, _LONGEST_PAUSE_SEC = 0.25, 30.0
 # Bytes of a body beyond its tokens: schema, metadata and the offsets of a document, with room.
 _BODY_BYTES, _DOCUMENT_BYTES = 1 << 16, 128
-_BUSY = (429, 503)
+_BUSY = {429: "is busy", 503: "is not ready"}
+# Words of a refusal that one document of the request can be the cause of (docs/serve.md).
+_OF_DOCUMENTS = ("malformed", "document_tokens", "document_failed")
+_Answer = TypeVar("_Answer")
+
+
+class NoAnswer(EngineError):
+    """The server is absent, starting, busy, or was lost before its answer: the same may be asked again.
+
+    state: "does not answer", "is not ready" or "is busy". cause: one line. retry_sec: ask again no sooner.
+    """
+
+    def __init__(self, url: str, state: str, cause: str, retry_sec: float = 0.0) -> None:
+        self.state, self.cause, self.retry_sec = state, cause, retry_sec
+        super().__init__(f"{url} {state}", got=cause, remedy="ask again")
+
+
+class DocumentRefused(ConfigError):
+    """A document of the request cannot be scored as it is."""
+
+
+class DocumentFailed(EngineError):
+    """The teacher gave no numbers for a document of the request."""
 
 
 class ScoringClient:
     """One teacher server. May be shared by threads. `close` it, or use it as a context manager.
 
-    timeout_sec: the longest that one call may take, waiting for a busy or absent server included.
+    timeout_sec: the longest that `identity` and `score` may take, waiting for a busy or absent server included.
     """
 
     def __init__(self, url: str, token: str | None = None, timeout_sec: float = 600.0) -> None:
@@ -46,7 +72,9 @@ class ScoringClient:
         # No proxy of the environment: the server is named, and token ids stay between the two.
         self._http = httpx.Client(base_url=self.url, headers=headers, trust_env=False)
         self._known: dict[str, Any] | None = None
-        self._lock = threading.Lock()
+        self._asking = threading.Lock()
+        self._lock, self._closed = threading.Lock(), False
+        self._connections: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
     def __enter__(self) -> ScoringClient:
         return self
@@ -55,6 +83,14 @@ class ScoringClient:
         self.close()
 
     def close(self) -> None:
+        """Safe from any thread: what another one waits for ends at once, with an EngineError."""
+        with self._lock:
+            self._closed = True
+            for connection in list(self._connections):
+                with contextlib.suppress(OSError):
+                    connection.shutdown(
+                        socket.SHUT_RDWR
+                    )  # close alone does not wake a thread in recv
         self._http.close()
 
     def identity(self) -> dict[str, Any]:
@@ -62,19 +98,27 @@ class ScoringClient:
 
         Raises ConfigError (no such server, token, other protocol) or EngineError (not ready in time).
         """
-        with self._lock:
+        with self._asking:
             if self._known is None:
-                response = self._ask("GET", "/identity", time.monotonic() + self._timeout_sec)
-                known = response.json()
-                if known.get("protocol") != PROTOCOL_VERSION:
-                    raise ConfigError(
-                        f"{self.url} speaks another protocol",
-                        got=known.get("protocol"),
-                        expected=PROTOCOL_VERSION,
-                        remedy="run server and client from the same version",
-                    )
-                self._known = known
+                deadline = time.monotonic() + self._timeout_sec
+                return self._patiently("/identity", deadline, self.ask_identity)
             return self._known
+
+    def ask_identity(self, timeout_sec: float) -> dict[str, Any]:
+        """`/identity` as it is now, in one attempt; from here on it is the one that answers must come from.
+
+        Raises NoAnswer or ConfigError.
+        """
+        known = self._attempt("GET", "/identity", timeout_sec).json()
+        if known.get("protocol") != PROTOCOL_VERSION:
+            raise ConfigError(
+                f"{self.url} speaks another protocol",
+                got=known.get("protocol"),
+                expected=PROTOCOL_VERSION,
+                remedy="run server and client from the same version",
+            )
+        self._known = known
+        return known
 
     def require_identity(self, expected: dict[str, Any]) -> None:
         """ConfigError with every key of `expected` that the server's identity has otherwise."""
@@ -88,6 +132,24 @@ class ScoringClient:
                 remedy="start the server with the teacher that this run was configured for",
             )
 
+    def require_room(self, num_tokens: int) -> None:
+        """ConfigError unless the server takes a document that the teacher is shown as `num_tokens` tokens."""
+        limits = self.identity()["limits"]
+        needed = {
+            "request_bytes": 5 * num_tokens + _DOCUMENT_BYTES + _BODY_BYTES,
+            "request_tokens": num_tokens,
+            "document_tokens": num_tokens,
+        }
+        small = [name for name, size in needed.items() if limits[name] < size]
+        if small:
+            raise ConfigError(
+                f"{self.url} takes no document of {num_tokens:,} tokens",
+                got=", ".join(f"{name} {limits[name]:,}" for name in small),
+                expected=", ".join(f"at least {needed[name]:,}" for name in small),
+                remedy="start the server with a larger engine.max_model_len, serve.queue_tokens or "
+                "serve.max_request_mib",
+            )
+
     def score(
         self, documents: list[ScoreDocument], render: RenderConfig | None = None
     ) -> list[SparseTarget]:
@@ -99,15 +161,29 @@ class ScoringClient:
         (refused), EngineError (the teacher failed, or no answer in time), AlignmentError (an answer for other tokens).
         """
         deadline = time.monotonic() + self._timeout_sec
-        identity = self.identity()
         targets: list[SparseTarget] = []
-        for part in _parts(documents, identity["limits"]):
-            positions = [document.positions() for document in part]
-            answer = self._ask("POST", "/v1/score", deadline, encode_request(part, render))
-            batch = decode_response(answer.content)
-            self._require_answer(batch, part, positions, identity["teacher_id"])
-            targets += batch.targets
+        for part in _parts(documents, self.identity()["limits"]):
+            ask = functools.partial(self.score_part, part, render)
+            targets += self._patiently("/v1/score", deadline, ask)
         return targets
+
+    def first_part(self, documents: list[ScoreDocument]) -> list[ScoreDocument]:
+        """As many of the first of `documents` as one request may hold, at least one."""
+        return next(_parts(documents, self.identity()["limits"]))
+
+    def score_part(
+        self, documents: list[ScoreDocument], render: RenderConfig | None, timeout_sec: float
+    ) -> list[SparseTarget]:
+        """`score` in one request and one attempt, of documents that it may hold (`first_part`).
+
+        Raises NoAnswer, else as `score`: DocumentRefused or DocumentFailed where a document is at fault.
+        """
+        teacher_id = self.identity()["teacher_id"]
+        positions = [document.positions() for document in documents]
+        answer = self._attempt("POST", "/v1/score", timeout_sec, encode_request(documents, render))
+        batch = decode_response(answer.content)
+        self._require_answer(batch, documents, positions, teacher_id)
+        return batch.targets
 
     def _require_answer(
         self,
@@ -132,48 +208,63 @@ class ScoringClient:
         if not same:
             raise AlignmentError(f"{self.url} answered for other documents or positions")
 
-    def _ask(
-        self, method: str, path: str, deadline: float, content: bytes | None = None
-    ) -> httpx.Response:
-        """The answer with status 200; busy and broken ones are asked for again until the deadline."""
+    def _patiently(self, path: str, deadline: float, ask: Callable[[float], _Answer]) -> _Answer:
+        """What `ask`, given the seconds left, returns; asked again while there is NoAnswer, until the deadline."""
         pause = _FIRST_PAUSE_SEC
         while True:
-            retry_sec, cause = 0.0, ""
             try:
-                response = self._send(method, path, deadline, content)
-            except httpx.TransportError as error:
-                cause = f"{type(error).__name__}: {error}"
-            else:
-                if response.status_code == 200:
-                    return response
-                cause = _message(response)
-                if response.status_code not in _BUSY:
-                    raise self._refused(response.status_code, cause)
-                retry_sec = _retry_after(response)
-            wait = max(retry_sec, pause * random.uniform(0.5, 1.0))
-            if time.monotonic() + wait >= deadline:
-                raise EngineError(
-                    f"no answer from {self.url}{path} in {self._timeout_sec:g} s",
-                    got=cause,
-                    remedy="check that the server runs and is ready, or allow more time",
-                )
+                return ask(max(deadline - time.monotonic(), 0.001))
+            except NoAnswer as error:
+                wait = max(error.retry_sec, pause * random.uniform(0.5, 1.0))
+                if time.monotonic() + wait >= deadline:
+                    raise EngineError(
+                        f"no answer from {self.url}{path} in {self._timeout_sec:g} s",
+                        got=error.cause,
+                        remedy="check that the server runs and is ready, or allow more time",
+                    ) from None
             time.sleep(wait)
             pause = min(2 * pause, _LONGEST_PAUSE_SEC)
 
-    def _send(
-        self, method: str, path: str, deadline: float, content: bytes | None
+    def _attempt(
+        self, method: str, path: str, timeout_sec: float, content: bytes | None = None
     ) -> httpx.Response:
-        left = max(deadline - time.monotonic(), 0.001)
-        return self._http.request(
-            method,
-            path,
-            content=content,
-            headers={"Content-Type": CONTENT_TYPE} if content is not None else {},
-            timeout=httpx.Timeout(left, connect=min(left, _CONNECT_SEC)),
-        )
+        """The answer with status 200. Raises NoAnswer, or what a refusal is."""
+        if self._closed:
+            raise EngineError(f"the connection to {self.url} was closed")
+        try:
+            response = self._http.request(
+                method,
+                path,
+                content=content,
+                headers={"Content-Type": CONTENT_TYPE} if content is not None else {},
+                timeout=httpx.Timeout(timeout_sec, connect=min(timeout_sec, _CONNECT_SEC)),
+                extensions={"trace": self._remember},
+            )
+        except httpx.TransportError as error:
+            cause = f"{type(error).__name__}: {error}"
+            raise NoAnswer(self.url, "does not answer", cause) from None
+        if response.status_code == 200:
+            return response
+        if state := _BUSY.get(response.status_code):
+            raise NoAnswer(self.url, state, _said(response, "message"), _retry_after(response))
+        raise self._refused(response)
 
-    def _refused(self, status: int, message: str) -> ConfigError | EngineError:
-        kind = ConfigError if status < 500 else EngineError
+    def _remember(self, event: str, info: dict[str, Any]) -> None:
+        """Keep the sockets of open connections, so that `close` can end them."""
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            connection = info["return_value"].get_extra_info("socket")
+            with self._lock:
+                self._connections.add(connection)
+            if self._closed:
+                raise httpx.CloseError("the client was closed")
+
+    def _refused(self, response: httpx.Response) -> ConfigError | EngineError:
+        status, of_document = response.status_code, _said(response, "error") in _OF_DOCUMENTS
+        if status < 500:
+            kind: type[ConfigError | EngineError] = DocumentRefused if of_document else ConfigError
+        else:
+            kind = DocumentFailed if of_document else EngineError
+        message = _said(response, "message")
         return kind(f"{self.url} refused with status {status}: {message}")
 
 
@@ -209,9 +300,10 @@ def _cost(document: ScoreDocument) -> tuple[int, int]:
     return len(document.tokens_T), 4 * sum(sizes) + _DOCUMENT_BYTES
 
 
-def _message(response: httpx.Response) -> str:
+def _said(response: httpx.Response, key: str) -> str:
+    """A field of a refusal; of an answer that is none, its beginning."""
     try:
-        return str(response.json()["message"])
+        return str(response.json()[key])
     except (ValueError, KeyError, TypeError):
         return f"status {response.status_code}: {response.text[:200]}"
 

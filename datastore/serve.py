@@ -58,7 +58,21 @@ def start_engine(teacher: TeacherConfig, model: Path) -> tuple[VllmScorer, dict[
     scorer = VllmScorer(teacher, model)
     canary = require_canary(scorer, teacher, model, weights=weights)
     _LOG.info("teacher %s: ready", teacher.name)
-    return scorer, {
+    return scorer, server_identity(
+        teacher, model, weights=weights, engine=scorer.identity(), canary=canary
+    )
+
+
+def server_identity(
+    teacher: TeacherConfig,
+    model: Path,
+    *,
+    weights: dict[str, Any],
+    engine: dict[str, Any],
+    canary: dict[str, Any],
+) -> dict[str, Any]:
+    """What `/identity` states, but for the limits."""
+    return {
         "protocol": PROTOCOL_VERSION,
         "codec_version": CODEC_VERSION,
         "teacher": teacher.name,
@@ -71,7 +85,7 @@ def start_engine(teacher: TeacherConfig, model: Path) -> tuple[VllmScorer, dict[
         "temperature": teacher.temperature,
         "dtype": teacher.dtype,
         "system": teacher.system and teacher.system.resolved(),
-        "engine": scorer.identity(),
+        "engine": engine,
         "vpmoe": git_sha(),
         "canary": canary,
     }

@@ -42,8 +42,11 @@ def packed_rows(request: ScoreRequest) -> np.ndarray:
 class LineEngine:
     """Takes documents first in, first out; a step finishes those that begin within `batch_tokens`.
 
-    open: steps wait while it is cleared. added, aborted: every request id, in order.
+    open: steps wait while it is cleared. added, aborted: every request id, in order. fatal, poison: tokens that end the
+    engine, and that fail their document.
     """
+
+    fatal, poison = FATAL, POISON
 
     def __init__(self, batch_tokens: int = 64, seconds: float = 0.0) -> None:
         self.batch_tokens, self.seconds = batch_tokens, seconds
@@ -72,12 +75,15 @@ class LineEngine:
                 break
             room -= len(request.prompt_T)
             del self._inside[request_id]
-            if FATAL in request.prompt_T:
+            if self.fatal in request.prompt_T:
                 raise RuntimeError("device lost")
-            poison = POISON in request.prompt_T
+            poison = self.poison in request.prompt_T
             fault = EngineError("NaN in a document")
-            finished.append((request_id, fault if poison else packed_rows(request)))
+            finished.append((request_id, fault if poison else self.packed(request)))
         return finished
+
+    def packed(self, request: ScoreRequest) -> np.ndarray:
+        return packed_rows(request)
 
     def close(self) -> None:
         self.closed = True

@@ -11,10 +11,7 @@ from types import SimpleNamespace
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 
-from common.config import load_config, named_config
-from datastore import serve
 from datastore.harmony import RenderConfig
 from datastore.scoring_protocol import (
     CONTENT_TYPE,
@@ -22,15 +19,12 @@ from datastore.scoring_protocol import (
     decode_response,
     encode_request,
 )
-from datastore.serve_app import ServeConfig, make_app
-from datastore.serve_engine import ScoringQueue
-from datastore.teacher import TeacherConfig
 from datastore.types import SparseTarget
+from tests.datastore import served
 from tests.datastore.line_engine import IDENTITY, POISON, LineEngine, teacher
 from tests.datastore.waiting import wait_until
 
 TOKEN = "a long secret"
-SMALL = ("engine.max_model_len=200",)
 
 
 def document(length: int, first: int = 1000, **changes) -> ScoreDocument:
@@ -40,39 +34,24 @@ def document(length: int, first: int = 1000, **changes) -> ScoreDocument:
 
 
 @contextlib.contextmanager
-def serving(
-    config: TeacherConfig, token: str | None = None, queue_tokens: int = 5000
-) -> Iterator[SimpleNamespace]:
-    """A server on a free port, in a thread of this process."""
-    engine = LineEngine()
-    queue = ScoringQueue(lambda: (engine, IDENTITY), queue_tokens=queue_tokens, batch_tokens=10_000)
-    limits = load_config(
-        ServeConfig,
-        named_config("serve", "default"),
-        ("max_request_mib=1", "max_documents=9", f"queue_tokens={queue_tokens}"),
-    )
-    app = make_app(queue, config, limits, token)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
-    with serve.listening("127.0.0.1", 0) as sock:
-        thread = threading.Thread(target=server.run, args=([sock],))
-        thread.start()
-        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-        wait_until(lambda: queue.state == "ready")
-        try:
-            with httpx.Client(base_url=url, timeout=60) as http:
-                yield SimpleNamespace(
-                    engine=engine, queue=queue, http=http, port=sock.getsockname()[1]
-                )
-        finally:
-            engine.open.set()
-            server.should_exit = True
-            thread.join(30)
-            queue.stop(30)
+def line_server(token: str | None = None, queue_tokens: int = 5000) -> Iterator[SimpleNamespace]:
+    """The line engine behind small limits, and a connection to it."""
+    with served.serving(
+        LineEngine(),
+        teacher("engine.max_model_len=200"),
+        IDENTITY,
+        token=token,
+        queue_tokens=queue_tokens,
+        limits=("max_request_mib=1", "max_documents=9"),
+    ) as server:
+        facts = {"engine": server.engine, "queue": server.queue, "port": server.port}
+        with httpx.Client(base_url=server.url, timeout=60) as http:
+            yield SimpleNamespace(http=http, **facts)
 
 
 @pytest.fixture(scope="module")
 def line() -> Iterator[SimpleNamespace]:
-    with serving(teacher(*SMALL)) as server:
+    with line_server() as server:
         yield server
 
 
@@ -197,7 +176,7 @@ def test_a_body_without_a_stated_length_is_bounded_too(line) -> None:
 
 
 def test_more_tokens_than_the_queue_ever_takes() -> None:
-    with serving(teacher(*SMALL), queue_tokens=300) as server:
+    with line_server(queue_tokens=300) as server:
         answer = post(server.http, encode_request([document(150)] * 3))
         assert (answer.status_code, answer.json()["error"]) == (413, "request_tokens")
 
@@ -218,7 +197,7 @@ def test_metrics_count_what_was_done(line) -> None:
 
 
 def test_a_token_guards_all_but_the_probes() -> None:
-    with serving(teacher(*SMALL), token=TOKEN) as server:
+    with line_server(token=TOKEN) as server:
         http, content = server.http, encode_request([document(9)])
         assert http.get("/health").status_code == http.get("/ready").status_code == 200
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {TOKEN}"}):
@@ -238,7 +217,7 @@ def metric_with_token(http: httpx.Client) -> float:
 
 
 def test_a_full_queue_is_429_with_retry_after() -> None:
-    with serving(teacher(*SMALL), queue_tokens=300) as server:
+    with line_server(queue_tokens=300) as server:
         server.engine.open.clear()
         answers: list[httpx.Response] = []
         send = lambda: answers.append(post(server.http, encode_request([document(200)])))  # noqa: E731
@@ -254,7 +233,7 @@ def test_a_full_queue_is_429_with_retry_after() -> None:
 
 
 def test_a_client_that_goes_away_takes_its_documents_with_it() -> None:
-    with serving(teacher(*SMALL)) as server:
+    with line_server() as server:
         server.engine.open.clear()
         content = encode_request([document(50)] * 4)
         head = f"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Type: {CONTENT_TYPE}\r\n"
