@@ -71,7 +71,7 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         path = folder / "metrics.jsonl"
-        _keep_until(path, resumed_step)
+        keep_until(path, resumed_step)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
 
@@ -85,6 +85,11 @@ class RunLog:
             self._board.add_scalar(name, value, step)
         _LOG.info("%s", line)
 
+    def write_text(self, step: int, name: str, markdown: str) -> None:
+        """Text of `step` for TensorBoard."""
+        if self._active:
+            self._board.add_text(name, markdown, step)
+
     def close(self) -> None:
         """Flush both."""
         if self._active:
@@ -92,16 +97,18 @@ class RunLog:
             self._board.close()
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Drop the records that will be made again: those after `step`, every one at step 0, and a line cut by a kill."""
+def keep_until(path: Path, step: int) -> None:
+    """Drop the records of a .jsonl that will be made again: those after `step`, every one at step 0, and a line cut by
+    a kill, which may end inside a character.
+    """
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
+    for line in path.read_bytes().split(b"\n"):
+        with contextlib.suppress(ValueError):
             if step and json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-    write_bytes(path, "".join(kept).encode())
+                kept.append(line + b"\n")
+    write_bytes(path, b"".join(kept))
 
 
 def peak_memory_gib(device: torch.device) -> float:
