@@ -30,6 +30,8 @@ from datastore.types import SparseTarget
 __all__ = ["DocumentFailed", "DocumentRefused", "NoAnswer", "ScoreDocument", "ScoringClient"]
 
 _CONNECT_SEC = 10.0
+# uvicorn closes an idle connection after 5 s: one that is given up before is never found closed by a request.
+_IDLE_SEC = 2.0
 _FIRST_PAUSE_SEC, _LONGEST_PAUSE_SEC = 0.25, 30.0
 # Bytes of a body beyond its tokens: schema, metadata and the offsets of a document, with room.
 _BODY_BYTES, _DOCUMENT_BYTES = 1 << 16, 128
@@ -70,7 +72,12 @@ class ScoringClient:
         self.url, self._timeout_sec = url.rstrip("/"), timeout_sec
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         # No proxy of the environment: the server is named, and token ids stay between the two.
-        self._http = httpx.Client(base_url=self.url, headers=headers, trust_env=False)
+        self._http = httpx.Client(
+            base_url=self.url,
+            headers=headers,
+            trust_env=False,
+            limits=httpx.Limits(keepalive_expiry=_IDLE_SEC),
+        )
         self._known: dict[str, Any] | None = None
         self._asking = threading.Lock()
         self._lock, self._closed = threading.Lock(), False
@@ -109,11 +116,18 @@ class ScoringClient:
 
         Raises NoAnswer or ConfigError.
         """
-        known = self._attempt("GET", "/identity", timeout_sec).json()
-        if known.get("protocol") != PROTOCOL_VERSION:
+        answer = self._attempt("GET", "/identity", timeout_sec)
+        try:
+            known: dict[str, Any] = answer.json()
+            found = known.get("protocol")
+        except (ValueError, AttributeError):
+            raise ConfigError(
+                f"{self.url} is no scoring server", got=repr(answer.text[:100])
+            ) from None
+        if found != PROTOCOL_VERSION:
             raise ConfigError(
                 f"{self.url} speaks another protocol",
-                got=known.get("protocol"),
+                got=found,
                 expected=PROTOCOL_VERSION,
                 remedy="run server and client from the same version",
             )

@@ -16,6 +16,7 @@ from common.config import load_config, named_config
 from datastore.cli import main as vpmoe_data
 from datastore.serve import TOKEN_VARIABLE
 from datastore.serve_app import ServeConfig
+from trainer.opd.config import TeacherServerConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCKER = ROOT / "docker"
@@ -86,7 +87,7 @@ def test_one_teacher_gpu_and_seven_student_gpus(services: dict) -> None:
     teacher, student = _gpus(services["teacher"]), _gpus(services["student"])
     assert len(teacher) == 1 and len(student) == 7
     assert sorted(teacher + student) == [str(i) for i in range(8)]
-    for name in ("student", "student-8"):
+    for name in ("student", "student-8", "opd"):
         assert int(services[name]["environment"]["VPMOE_GPUS"]) == len(_gpus(services[name]))
     assert sorted(_gpus(services["student-8"])) == sorted(teacher + student)
 
@@ -106,6 +107,18 @@ def test_teacher_server_has_the_time_to_drain(services: dict) -> None:
     config = load_config(ServeConfig, named_config("serve", "default"))
     grace = services["teacher-server"]["stop_grace_period"]
     assert int(grace.removesuffix("s")) > config.drain_sec
+
+
+def test_on_policy_distillation_runs_beside_its_teacher(services: dict) -> None:
+    opd, server = services["opd"], services["teacher-server"]
+    assert sorted(_gpus(opd) + _gpus(server)) == [str(i) for i in range(8)]
+    assert opd["command"][:2] == ["vpmoe-train", "opd"]
+    assert opd["depends_on"] == {"teacher-server": {"condition": "service_healthy"}}
+    (address,) = [a.removeprefix("teacher.url=") for a in opd["command"] if "url" in a]
+    assert address == f"http://teacher-server:{_option('serve', 'port')}"
+    teacher = server["command"][server["command"].index("--teacher") + 1]
+    client = TeacherServerConfig(name=teacher, url=address)
+    assert opd["environment"][client.token_env] == server["environment"][TOKEN_VARIABLE]
 
 
 def _option(command: str, name: str) -> str:

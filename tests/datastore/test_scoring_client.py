@@ -14,7 +14,13 @@ import pytest
 
 from common.errors import AlignmentError, ConfigError, EngineError, FormatError
 from datastore import scoring_client
-from datastore.scoring_client import ScoreDocument, ScoringClient
+from datastore.scoring_client import (
+    DocumentFailed,
+    DocumentRefused,
+    NoAnswer,
+    ScoreDocument,
+    ScoringClient,
+)
 from datastore.scoring_protocol import decode_request, encode_request, encode_response
 from datastore.target import content_key
 from datastore.types import SparseTarget
@@ -205,6 +211,93 @@ def test_a_foreign_answer_is_never_taken(paper, client, changes, said_so) -> Non
     paper.script = [scoring(**changes)]
     with pytest.raises(AlignmentError, match=said_so):
         client.score([document(9)])
+
+
+@pytest.mark.parametrize(
+    ("status", "word", "kind"),
+    [
+        (400, "malformed", DocumentRefused),
+        (413, "document_tokens", DocumentRefused),
+        (413, "request_tokens", ConfigError),
+        (401, "unauthorised", ConfigError),
+        (500, "document_failed", DocumentFailed),
+        (500, "other", EngineError),
+    ],
+)
+def test_a_refusal_says_whether_a_document_is_at_fault(paper, client, status, word, kind) -> None:
+    body = json.dumps({"error": word, "message": "because"}).encode()
+    paper.script = [lambda _: (status, {}, body)]
+    with pytest.raises((ConfigError, EngineError)) as error:
+        client.score([document(9)])
+    assert type(error.value) is kind
+
+
+def test_one_attempt_is_one_request(paper, client) -> None:
+    busy = pytest.raises(NoAnswer, match="is busy; got full; ask again")
+    paper.script = [said(429, "full", Retry_After="7"), said(503, "starting"), None, scoring()]
+    client.identity()
+    with busy as error:
+        client.score_part([document(9)], None, 5)
+    assert error.value.retry_sec == 7
+    for state in ("is not ready", "does not answer"):
+        with pytest.raises(NoAnswer, match=state):
+            client.score_part([document(9)], None, 5)
+    (found,) = client.score_part([document(9, first=7)], None, 5)
+    assert found.realised_logprob_P[0] == -7 and len(paper.bodies) == 4
+
+
+def test_the_first_part_is_what_a_request_may_hold(client) -> None:
+    documents = [document(9, first=n) for n in range(5)]
+    assert client.first_part(documents) == documents[:3]
+    assert client.first_part([document(500)])[0].tokens_T.size == 500
+
+
+def test_room_for_a_document(client) -> None:
+    client.require_room(100)
+    with pytest.raises(ConfigError, match=r"document_tokens 100; expected at least 101"):
+        client.require_room(101)
+    with pytest.raises(ConfigError, match=r"request_bytes 1,048,576, request_tokens 200, document"):
+        client.require_room(250_000)
+
+
+def test_an_identity_asked_again_is_the_one_that_counts(paper, client) -> None:
+    assert client.identity()["teacher_id"] == "t1"
+    paper.identity = {**IDENTITY, "teacher_id": "t2"}
+    assert client.identity()["teacher_id"] == "t1"
+    assert client.ask_identity(5)["teacher_id"] == "t2" == client.identity()["teacher_id"]
+    paper.script = [scoring(teacher_id="t2")]
+    assert len(client.score([document(9)])) == 1
+
+
+def test_a_page_that_is_no_identity_is_refused(paper, client) -> None:
+    paper.identity = ["hello"]
+    with pytest.raises(ConfigError, match="is no scoring server; got '\\[\"hello\"\\]'"):
+        client.identity()
+
+
+def test_close_ends_a_request_of_another_thread(paper) -> None:
+    asked, answer, errors = threading.Event(), threading.Event(), []
+
+    def hang(body: bytes):
+        asked.set()
+        assert answer.wait(60)
+        return 200, {}, scored_body(body)
+
+    def work() -> None:
+        try:
+            client.score([document(9)])
+        except EngineError as error:
+            errors.append(error)
+
+    paper.script = [hang]
+    client = ScoringClient(paper.url, timeout_sec=600)
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert asked.wait(30)
+    client.close()
+    thread.join(30)
+    assert not thread.is_alive() and "was closed" in str(errors[0])
+    answer.set()
 
 
 def test_an_answer_with_other_rows_is_never_taken(paper, client) -> None:

@@ -20,7 +20,7 @@ STABLE_KEYS = (
     "dtype",
     "system",
 )
-SERVED_KEYS = ("model", "revision", "engine", "vpmoe", "canary")
+SERVED_KEYS = ("model", "revision", "engine", "vpmoe", "codec_version", "canary")
 _CANARY_FIGURES = ("positions", "mean_realised", "top1", "mean_entropy")
 
 
