@@ -21,6 +21,7 @@ def setup(rank: int = 0) -> None:
         datefmt="%H:%M:%S",
         force=True,
     )
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells every request
 
 
 class Progress(Protocol):

@@ -26,6 +26,7 @@ def test_only_rank_zero_speaks_below_warnings() -> None:
     try:
         logs.setup(rank=0)
         assert root.isEnabledFor(logging.INFO)
+        assert not logging.getLogger("httpx").isEnabledFor(logging.INFO)
         logs.setup(rank=3)
         assert not root.isEnabledFor(logging.INFO) and root.isEnabledFor(logging.WARNING)
     finally:

@@ -6,10 +6,10 @@ import threading
 from collections.abc import Callable
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Return as soon as `condition` holds; AssertionError after half a minute."""
+def wait_until(condition: Callable[[], bool], seconds: int = 30) -> None:
+    """Return as soon as `condition` holds; AssertionError after `seconds`."""
     waiting = threading.Event()
-    for _ in range(3000):
+    for _ in range(100 * seconds):
         if condition():
             return
         waiting.wait(0.01)

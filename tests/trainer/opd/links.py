@@ -60,7 +60,7 @@ def taken(link: TeacherLink) -> tuple[int, list[SparseTarget]]:
             found.append(shard)
         return bool(found)
 
-    wait_until(comes)
+    wait_until(comes, 60)
     return found[0]
 
 
@@ -75,7 +75,7 @@ def raised(link: TeacherLink) -> Exception:
             errors.append(error)
         return bool(errors)
 
-    wait_until(comes)
+    wait_until(comes, 60)
     return errors[0]
 
 

@@ -23,7 +23,6 @@ from common.files import sha256_bytes
 from datastore.reader import Dataset
 from datastore.serve import server_identity
 from datastore.teacher import TeacherConfig
-from demo.tiny_teacher import documents_of
 from tests.datastore import line_engine
 from tests.datastore.conftest import document
 from tests.datastore.served import Served, serving
@@ -42,6 +41,10 @@ def bigram_teacher(dataset: Path | None = None) -> BigramTeacher:
     """The teacher of a dataset's train split, or of `handmade_documents`."""
     if dataset is None:
         return BigramTeacher((d.tokens_T, d.spans_T) for d in handmade_documents())
+    from demo.tiny_teacher import (
+        documents_of,  # brings torch, which most tests' servers start without
+    )
+
     return BigramTeacher(documents_of(Dataset.open(dataset), "train"))
 
 
@@ -118,7 +121,7 @@ class ServerProcess:
         module = "tests.trainer.opd.line_server"
         command = [sys.executable, "-m", module, str(self.port), *self._arguments, *more]
         self._process = subprocess.Popen(command, cwd=Path(__file__).parents[3])
-        wait_until(self._is_ready)
+        wait_until(self._is_ready, 120)
 
     def kill(self) -> None:
         """SIGKILL; nothing when it does not run."""
@@ -132,6 +135,12 @@ class ServerProcess:
         """SIGSTOP: connections stay open and nothing is answered. `kill` ends it all the same."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
+
+    def metric(self, name: str) -> float:
+        """A figure of /metrics (docs/serve.md)."""
+        lines = httpx.get(f"{self.url}/metrics", timeout=30, trust_env=False).text.splitlines()
+        (value,) = [line.split()[-1] for line in lines if line.startswith(f"{name} ")]
+        return float(value)
 
     def _end(self, number: signal.Signals) -> None:
         if self._process is not None:

@@ -67,7 +67,7 @@ def test_the_tiny_teacher_is_waited_for_and_passes_the_gate(url, caplog) -> None
         assert report.margin_back > MIN_MARGIN and report.documents == len(DOCUMENTS)
         for shard, effort in enumerate(("high", "low")):
             link.submit(shard, [_of_effort(document, effort) for document in gated])
-        wait_until(lambda: link.figures().shards == 2)
+        wait_until(lambda: link.figures().shards == 2, 120)
         shards = [link.take() for _ in range(2)]
     finally:
         link.close()
