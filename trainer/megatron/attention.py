@@ -69,15 +69,36 @@ class PackedRows(PackedSeqParams):
 
     That argument is closed over by recomputation, so it survives it. qkv_format stays "sbhd": rows keep their batch
     axis, and no path for the thd format runs. document_BS: int32, padding has a number of its own.
+    position_SB: int64, below S, by which queries and keys are rotated; None for 0..S - 1 in every row.
     Masks are built once a micro-batch and window, by whichever layer asks first.
     """
 
     document_BS: torch.Tensor = field(kw_only=True)
+    position_SB: torch.Tensor | None = field(default=None, kw_only=True)
     masks: dict[tuple[Backend, int | None], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.qkv_format = "sbhd"
         self.max_seqlen_q = self.max_seqlen_kv = self.document_BS.shape[1]
+
+    def attend(
+        self,
+        layer: CoreAttention,
+        q_BHSD: torch.Tensor,
+        k_BGSD: torch.Tensor,
+        v_BGSD: torch.Tensor,
+    ) -> torch.Tensor:
+        """[B, H, S, D] by the layer's kernel. Sampling has its own ways to attend: trainer/megatron/cached.py."""
+        return layer.kernel(
+            q_BHSD,
+            k_BGSD,
+            v_BGSD,
+            layer.sink,
+            self,
+            window=layer.window,
+            score_function=layer.score_function,
+            scale=layer.scale,
+        )
 
     def block_mask(self, window: int | None) -> BlockMask:
         """FlexAttention's block mask."""
@@ -169,6 +190,7 @@ class CoreAttention(MegatronModule):
         **_: Any,
     ) -> None:
         super().__init__(config)
+        self.layer_number = layer_number
         self.tp_group = pg_collection.tp
         heads = config.num_attention_heads // self.tp_group.size()
         local = is_layer_window_attention(
@@ -179,7 +201,7 @@ class CoreAttention(MegatronModule):
             None if local else alibi(config.num_attention_heads, heads * self.tp_group.rank())
         )
         self.scale = config.kv_channels**-0.5
-        self.attend = flexible_attention if backend == "flex" else dense_attention
+        self.kernel = flexible_attention if backend == "flex" else dense_attention
         # Drawn for every head and sliced: the values, and all drawn after them, do not depend on the TP size.
         sink = torch.empty(config.num_attention_heads, device=torch.cuda.current_device())
         config.init_method(sink)
@@ -198,15 +220,9 @@ class CoreAttention(MegatronModule):
         packed_seq_params: PackedRows,
         **_: Any,
     ) -> torch.Tensor:
-        """Attention of every head; returns [S, B, H * D]."""
-        out_BHSD = self.attend(
-            *(t.permute(1, 2, 0, 3) for t in (query_SBHD, key_SBGD, value_SBGD)),
-            self.sink,
-            packed_seq_params,
-            window=self.window,
-            score_function=self.score_function,
-            scale=self.scale,
-        )
+        """Attention of every head in the way of `packed_seq_params`; returns [S, B, H * D]."""
+        heads_first = (t.permute(1, 2, 0, 3) for t in (query_SBHD, key_SBGD, value_SBGD))
+        out_BHSD = packed_seq_params.attend(self, *heads_first)
         return out_BHSD.permute(2, 0, 1, 3).flatten(2).contiguous()
 
     def sharded_state_dict(

@@ -58,6 +58,15 @@ class Student(GPTModel):
     logits [S, B, V] never exist.
     """
 
+    def _preprocess(self, *arguments: Any, packed_seq_params: Any, **keywords: Any) -> tuple:
+        """Rows that say their positions are rotated by these, from the same table of angles as all others."""
+        hidden_SBD, angle_SB1C, *rest = super()._preprocess(
+            *arguments, packed_seq_params=packed_seq_params, **keywords
+        )
+        if packed_seq_params.position_SB is not None:
+            angle_SB1C = angle_SB1C[packed_seq_params.position_SB, 0]
+        return hidden_SBD, angle_SB1C, *rest
+
     def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return hidden_states
 
