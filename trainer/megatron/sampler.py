@@ -16,6 +16,9 @@ Expert parallelism: ranks of an EP group must pass through the experts together,
 that have nothing run empty rows and slots. The host looks at the device after every step on CPU, and after every 8
 steps on CUDA: a rollout that ends in between waits for the look.
 
+cuda_graph: a step of decoding is some 60 small kernels a layer, so on CUDA the host sets the pace unless a whole step
+is captured once and replayed. It is captured anew in every call: nothing then rests on where the weights lay before.
+
 Shapes: B slots, S positions of a row, D hidden size, V vocabulary.
 """
 
@@ -65,7 +68,7 @@ class Sampler:
     """Samples with the weights that the student has at the time of the call.
 
     student: the module itself, without its wrappers. grammar: when a rollout ends, and its spans. The cache is taken
-    from the device's memory once, here. report: of the last call. Raises ConfigError under tensor parallelism.
+    from the device's memory once, here. report: of the last call. Raises ConfigError where `require_layout` does.
     """
 
     def __init__(
@@ -75,14 +78,18 @@ class Sampler:
         topology: Topology,
         seq_len: int,
         grammar: Grammar = HARMONY,
+        *,
+        cuda_graph: bool = False,
     ) -> None:
-        require_layout(config)
+        require_layout(config, cuda_graph=cuda_graph)
+        self._cuda_graph = cuda_graph
         self.student, self.seq_len, self.num_slots = student, seq_len, config.sampling.slots
         self.report: SamplingReport | None = None
         self._device = topology.device
         self._ep_group = parallel_state.get_expert_model_parallel_group()
-        self._row_len = seq_len if config.core_attention == "flex" else None
-        self._steps = _STEPS_BETWEEN_LOOKS[topology.device.type]
+        # One shape where attention is compiled; elsewhere rows are no longer than they must be.
+        self.row_len = seq_len if config.core_attention == "flex" else None
+        self.steps_between_looks = _STEPS_BETWEEN_LOOKS[topology.device.type]
         layers = [module for module in student.modules() if isinstance(module, CoreAttention)]
         caps = {
             SPAN_REASONING: config.sampling.max_reasoning,
@@ -107,14 +114,15 @@ class Sampler:
         clock, passes, steps = Clock(self._device), 0, 0
         self._slots.clear()
         with _undisturbed(self.student):
+            step = self._captured() if self._cuda_graph else self._step
             while self._goes_on(bool(queue or running)):
                 clock.mark("prefill")
                 started = self._refill(queue, running, limits)
                 passes += self._prefill(started)
                 clock.mark("decode")
-                for _ in range(self._steps):
-                    self._step()
-                steps += self._steps
+                for _ in range(self.steps_between_looks):
+                    step()
+                steps += self.steps_between_looks
                 samples |= self._collect(running)
                 progress(int(self._slots.taken))
         seconds = clock.read()
@@ -160,8 +168,7 @@ class Sampler:
         rows = _next_fit(parts, self.seq_len)
         passes = self._largest(len(rows))
         for row in [*rows, *([[]] * (passes - len(rows)))]:
-            # One shape where attention is compiled; elsewhere no longer than it must be.
-            length = self._row_len or max(1, sum(len(tokens_T) for _, tokens_T in row))
+            length = self.row_len or max(1, sum(len(tokens_T) for _, tokens_T in row))
             tokens_BS, rows_ = prefill_rows(self._cache, row, length, self._device)
             self.student(tokens_BS, None, None, packed_seq_params=rows_)
         return passes
@@ -172,6 +179,20 @@ class Sampler:
         step = DecodeStep(cache=self._cache, position_B=slots.position_B)
         hidden_SBD = self.student(slots.token_B.unsqueeze(1), None, None, packed_seq_params=step)
         slots.advance(_logits(hidden_SBD[0], self.student.output_layer.weight))
+
+    def _captured(self) -> Callable[[], None]:
+        """`_step` as a graph of its kernels. No rollout runs yet, so that the steps made for it change nothing."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads (data, collectives, the teacher's) may use CUDA meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._step()
+        return graph.replay
 
     def _collect(self, running: dict[int, int]) -> dict[int, Sample]:
         """The rollouts that have ended, by number of their prompt; their slots are free."""
@@ -202,12 +223,19 @@ class Sampler:
         return int(value)
 
 
-def require_layout(config: OPDConfig) -> None:
-    """Raises ConfigError for a layout that cannot sample; needs no process group."""
+def require_layout(config: OPDConfig, *, cuda_graph: bool = False) -> None:
+    """Raises ConfigError for a layout that cannot sample (so); needs no process group."""
     if config.parallel.tensor > 1:
         raise ConfigError(
             f"sampling with parallel.tensor={config.parallel.tensor} (one decoded token is no sequence to split)",
             remedy="set parallel.tensor=1 and spread with parallel.expert and data parallelism",
+        )
+    if cuda_graph and (config.parallel.expert > 1 or config.expert_compute != "grouped_mm"):
+        raise ConfigError(
+            "sampling by a CUDA graph where the host waits for the experts' token counts",
+            got=f"parallel.expert={config.parallel.expert}, expert_compute: {config.expert_compute}",
+            expected="parallel.expert=1, expert_compute: grouped_mm",
+            remedy="sample without the graph",
         )
 
 

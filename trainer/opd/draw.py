@@ -47,17 +47,18 @@ def draw(logits_BV: torch.Tensor, uniform_B: torch.Tensor) -> tuple[torch.Tensor
     logits_BV: float32 or float64, V <= 2^18. Returns tokens int64 and logprobs [B], both within the vocabulary even
     where logits are not finite; the log-probability is NaN there.
     """
-    shifted_BV = logits_BV - logits_BV.amax(dim=1, keepdim=True)
-    exp_BV = shifted_BV.exp()
-    ends_BV = (exp_BV * 2.0**_WEIGHT_BITS).to(torch.int64).cumsum(dim=1)
+    # In place: on CPU fresh memory for [B, V] takes longer than the arithmetic.
+    weight_BV = (logits_BV - logits_BV.amax(dim=1, keepdim=True)).exp_().mul_(2.0**_WEIGHT_BITS)
+    ends_BV = weight_BV.to(torch.int64).cumsum_(dim=1)
     total_B = ends_BV[:, -1]
     # The product may be rounded up to the whole sum.
     target_B = torch.minimum((uniform_B * total_B.double()).to(torch.int64), total_B - 1)
     # The first token whose sum is above the target: one of weight 0 has the sum of the token before it.
     token_B = torch.searchsorted(ends_BV, target_B.unsqueeze(1), right=True).squeeze(1)
     token_B = token_B.clamp(max=logits_BV.shape[1] - 1)
-    logprob_B = shifted_BV.gather(1, token_B.unsqueeze(1)).squeeze(1) - exp_BV.sum(dim=1).log()
-    return token_B, logprob_B
+    # A drawn token weighs at least 1, so its exponential has all its digits.
+    share_B = weight_BV.gather(1, token_B.unsqueeze(1)).squeeze(1) / weight_BV.sum(dim=1)
+    return token_B, share_B.log()
 
 
 def _shifted(bits: torch.Tensor, count: int) -> torch.Tensor:

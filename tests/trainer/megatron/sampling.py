@@ -9,7 +9,7 @@ import torch
 
 from datastore.harmony_grammar import Verdict
 from datastore.types import SPAN_FINAL, SPAN_REASONING
-from tests.trainer.megatron.tiny import SEQ_LEN, STUDENT, VOCAB, in_vocabulary, tiny_config
+from tests.trainer.megatron.tiny import STUDENT, VOCAB, in_vocabulary, tiny_config
 from tests.trainer.packed import pack
 from trainer.batch import make_batch
 from trainer.opd.config import OPDConfig
@@ -82,7 +82,9 @@ def student_of(trainer: Any, seed: int = 3) -> Any:
 
 @torch.no_grad()
 def forced(trainer: Any, pairs: list[tuple[SamplePrompt, Sample]], per_row: int) -> list[Any]:
-    """The log-probabilities of the sampled tokens by the training path: `per_row` documents packed a row."""
+    """The log-probabilities of the sampled tokens by the training path: `per_row` documents packed a row, rows of
+    one length.
+    """
     trainer.model.eval()
     found = []
     for first in range(0, len(pairs), per_row):
@@ -91,11 +93,11 @@ def forced(trainer: Any, pairs: list[tuple[SamplePrompt, Sample]], per_row: int)
         for prompt, sample in group:
             tokens_T = np.concatenate([prompt.tokens_T, sample.tokens_S, [0]]).astype(np.int32)
             documents.append((tokens_T, np.zeros(len(tokens_T), dtype=np.uint8)))
-        row = pack(documents, max(SEQ_LEN, sum(len(d[0]) for d in documents)))
-        batch = in_vocabulary(make_batch([row], [None]))
+        row = pack(documents, per_row * trainer.student.max_sequence_length)
+        batch = in_vocabulary(make_batch([row], [None])).to(trainer.topology.device)
         hidden_TD = trainer._hidden(trainer.model, batch)[0]
         head_VD = trainer.student.output_layer.weight
-        logprob_TV = (hidden_TD.float() @ head_VD.float().t()).log_softmax(dim=-1)
+        logprob_TV = (hidden_TD.float() @ head_VD.float().t()).log_softmax(dim=-1).cpu()
         at = 0
         for (prompt, sample), (tokens_T, _) in zip(group, documents, strict=True):
             begin = at + len(prompt.tokens_T) - 1
