@@ -24,7 +24,9 @@ from torch.nn import functional
 from benchmarks.report import header
 from common.files import write_json
 from common.tokenizer import VOCAB_SIZE
-from trainer.losses.fused_linear import TokenTargets, fused_linear_loss
+from trainer.losses.chunk import TokenTargets
+from trainer.losses.coefficients import Coefficients
+from trainer.losses.fused_linear import fused_linear_loss
 
 RESULTS = Path(__file__).parent / "results"
 DEFAULTS = {
@@ -90,14 +92,11 @@ def ours(chunk: int, kd_weight: float) -> Callable[..., None]:
         if kd_weight == 0:
             ids_NK, weights_NK = targets.ids_NK[:, :0], targets.weights_NK[:, :0]
             targets = TokenTargets(targets.index_N, targets.labels_N, ids_NK, weights_NK)
-        loss, _, _ = fused_linear_loss(
-            hidden_TD,
-            weight_VD,
-            targets,
+        coefficients = Coefficients(
             torch.full((num,), (1 - kd_weight) / num, device=hidden_TD.device),
             torch.full((num,), kd_weight / num, device=hidden_TD.device),
-            chunk_tokens=chunk,
         )
+        loss, _ = fused_linear_loss(hidden_TD, weight_VD, targets, coefficients, chunk_tokens=chunk)
         loss.backward()
 
     return step

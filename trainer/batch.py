@@ -15,11 +15,14 @@ import torch
 
 from common.errors import AlignmentError
 from common.tokenizer import FIRST_CONTROL_ID, PAD, VOCAB_SIZE
+from datastore.rollout import ScoredTokens
 from datastore.target import row_target
 from datastore.types import DocTarget, PackedRow, SparseTarget
 
 # One a document of a row, None where it was not scored.
 RowTargets = Sequence[DocTarget | None]
+# One a document of a row, None where the student did not sample it.
+RowSamples = Sequence[ScoredTokens | None]
 CLASSES = ("reasoning", "final", "control")
 NO_DOCUMENT = -1
 NO_TOP = -1
@@ -37,9 +40,14 @@ class Batch:
         that selecting them never waits for a device.
     has_target_BT: bool, target positions of scored documents. target_ids_BTK: int32, target_weights_BTK: float32, its
         sparse target; unused entries have weight 0 and id 0. K is the longest of this batch, 0 without targets.
-    teacher_logprob_BT: float32, the teacher's logprob of the label; 0 where not scored.
+    target_num_head_BT: int32, how many of its entries, from the first, are the teacher's head; 0 without a target.
+    target_log_tail_BT: float32, log of the teacher's mass outside the head; 0 without a target.
+    teacher_logprob_BT: float32, the teacher's logprob of the label, exact where that was sampled; 0 where it was
+        neither scored nor sampled.
     teacher_top_BT: int64, the teacher's most probable id; -1 where not scored or where no id reached the threshold.
     entropy_sums_C: float64, the teacher's exact entropy in nats summed over the scored targets of each class.
+    sampled_BT: bool, the label is a target that the student sampled. sampling_logprob_BT: float32, its logprob under
+        the weights that sampled it; 0 elsewhere.
     """
 
     tokens_BT: torch.Tensor
@@ -51,9 +59,13 @@ class Batch:
     has_target_BT: torch.Tensor
     target_ids_BTK: torch.Tensor
     target_weights_BTK: torch.Tensor
+    target_num_head_BT: torch.Tensor
+    target_log_tail_BT: torch.Tensor
     teacher_logprob_BT: torch.Tensor
     teacher_top_BT: torch.Tensor
     entropy_sums_C: torch.Tensor
+    sampled_BT: torch.Tensor
+    sampling_logprob_BT: torch.Tensor
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`; copies from pinned memory do not wait."""
@@ -68,14 +80,19 @@ class Batch:
 
 
 def make_batch(
-    rows: Sequence[PackedRow], documents: Sequence[RowTargets | None] | None = None
+    rows: Sequence[PackedRow],
+    documents: Sequence[RowTargets | None] | None = None,
+    sampled: Sequence[RowSamples | None] | None = None,
 ) -> Batch:
     """The batch of `rows` (at least one, all of one length) with their targets, None where a row uses none.
 
-    `documents` holds per row what `TargetStore.documents` returns; left out, no row uses targets.
-    Raises AlignmentError when targets belong to other tokens, miss a target position or hold an impossible entry.
+    `documents` holds per row what `TargetStore.documents` returns; left out, no row uses targets. `sampled` holds per
+    row the logprobs of each document that the student sampled, of all target tokens of that document; it may come
+    without targets. Raises AlignmentError when targets belong to other tokens, miss a target position or hold an
+    impossible entry, and when logprobs are not as many as the targets of their document or impossible.
     """
     documents = [None] * len(rows) if documents is None else documents
+    sampled = [None] * len(rows) if sampled is None else sampled
     tokens_BT = np.stack([row.tokens_T for row in rows])
     doc_ids_BT = np.stack([_document_numbers(row) for row in rows])
     label_spans_BT = _shift_within(np.stack([row.spans_T for row in rows]), doc_ids_BT, 0)
@@ -85,6 +102,8 @@ def make_batch(
         None if of_row is None else row_target(of_row, row)
         for row, of_row in zip(rows, documents, strict=True)
     ]
+    tensors = _dense_targets(targets, tokens_BT.shape[1])
+    tensors |= _sampled_tensors(rows, sampled, is_target_BT, tensors["teacher_logprob_BT"])
     return Batch(
         tokens_BT=torch.from_numpy(tokens_BT.astype(np.int64)),
         doc_ids_BT=torch.from_numpy(doc_ids_BT),
@@ -93,7 +112,7 @@ def make_batch(
         is_control_BT=torch.from_numpy(is_target_BT & (labels_BT >= FIRST_CONTROL_ID)),
         target_index_N=torch.from_numpy(np.flatnonzero(is_target_BT)),
         entropy_sums_C=torch.from_numpy(_entropy_sums(documents)),
-        **_dense_targets(targets, tokens_BT.shape[1]),
+        **tensors,
     )
 
 
@@ -128,6 +147,8 @@ def _dense_targets(
     ids_BTK = np.zeros((num_rows, num_positions, width), dtype=np.int32)
     weights_BTK = np.zeros((num_rows, num_positions, width), dtype=np.float32)
     logprob_BT = np.zeros((num_rows, num_positions), dtype=np.float32)
+    log_tail_BT = np.zeros((num_rows, num_positions), dtype=np.float32)
+    num_head_BT = np.zeros((num_rows, num_positions), dtype=np.int32)
     top_BT = np.full((num_rows, num_positions), NO_TOP, dtype=np.int64)
     has_target_BT = np.zeros((num_rows, num_positions), dtype=bool)
     for b, target in scored:
@@ -138,6 +159,8 @@ def _dense_targets(
         columns_E = np.arange(len(target.ids_E)) - np.repeat(starts_P, num_entries_P)
         ids_BTK[b, rows_E, columns_E] = target.ids_E
         weights_BTK[b, rows_E, columns_E] = target.weights_E
+        num_head_BT[b, target.positions_P] = target.num_head_P
+        log_tail_BT[b, target.positions_P] = target.log_tail_mass_P
         logprob_BT[b, target.positions_P] = target.realised_logprob_P
         first_P = target.ids_E[starts_P]
         top_BT[b, target.positions_P] = np.where(target.num_head_P > 0, first_P, NO_TOP)
@@ -146,9 +169,63 @@ def _dense_targets(
         "has_target_BT": torch.from_numpy(has_target_BT),
         "target_ids_BTK": torch.from_numpy(ids_BTK),
         "target_weights_BTK": torch.from_numpy(weights_BTK),
+        "target_num_head_BT": torch.from_numpy(num_head_BT),
+        "target_log_tail_BT": torch.from_numpy(log_tail_BT),
         "teacher_logprob_BT": torch.from_numpy(logprob_BT),
         "teacher_top_BT": torch.from_numpy(top_BT),
     }
+
+
+def _sampled_tensors(
+    rows: Sequence[PackedRow],
+    sampled: Sequence[RowSamples | None],
+    is_target_BT: np.ndarray,
+    teacher_logprob_BT: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """sampled_BT and sampling_logprob_BT; the teacher's exact logprobs are written into `teacher_logprob_BT`."""
+    sampled_BT = np.zeros(is_target_BT.shape, dtype=bool)
+    sampling_logprob_BT = np.zeros(is_target_BT.shape, dtype=np.float32)
+    for b, (row, of_row) in enumerate(zip(rows, sampled, strict=True)):
+        if of_row is None:
+            continue
+        slices = row.documents()
+        if len(of_row) != len(slices):
+            raise AlignmentError(
+                "sampled tokens of a row", got=f"{len(of_row)} documents", expected=f"{len(slices)}"
+            )
+        for number, tokens in enumerate(of_row):
+            if tokens is not None:
+                where = slices[number]
+                at_S = where.start + np.flatnonzero(is_target_BT[b, where])
+                _require_sampled(tokens, len(at_S), f"document {number} of row {b} of the batch")
+                sampled_BT[b, at_S] = True
+                sampling_logprob_BT[b, at_S] = tokens.sampling_logprob_S
+                teacher_logprob_BT.numpy()[b, at_S] = tokens.teacher_logprob_S
+    return {
+        "sampled_BT": torch.from_numpy(sampled_BT),
+        "sampling_logprob_BT": torch.from_numpy(sampling_logprob_BT),
+    }
+
+
+def _require_sampled(tokens: ScoredTokens, num_targets: int, document: str) -> None:
+    for of, logprob_S in (
+        ("the student", tokens.sampling_logprob_S),
+        ("the teacher", tokens.teacher_logprob_S),
+    ):
+        if len(logprob_S) != num_targets:
+            raise AlignmentError(
+                f"logprobs of {of} for the sampled tokens of {document}",
+                got=f"{len(logprob_S)}",
+                expected=f"{num_targets}, one a target of the document",
+            )
+        wrong_S = ~(np.isfinite(logprob_S) & (logprob_S <= 0))
+        if np.any(wrong_S):
+            first = int(np.argmax(wrong_S))
+            raise AlignmentError(
+                f"logprob of {of} for sampled token {first} of {document}",
+                got=f"{logprob_S[first]}",
+                expected="a finite number, at most 0",
+            )
 
 
 def _num_entries(target: SparseTarget) -> np.ndarray:
@@ -163,6 +240,8 @@ def _require_possible(target: SparseTarget) -> None:
             f"position {empty} of a scored document has no entry",
             remedy="score this dataset again",
         )
+    if not np.all((target.num_head_P >= 0) & (target.num_head_P <= _num_entries(target))):
+        raise AlignmentError("a scored position has more head entries than entries")
     if not np.all((target.ids_E >= 0) & (target.ids_E < VOCAB_SIZE)):
         raise AlignmentError(
             "a teacher entry lies outside the vocabulary",
@@ -170,7 +249,11 @@ def _require_possible(target: SparseTarget) -> None:
             expected=f"0 to {VOCAB_SIZE - 1}",
         )
     weights_E, logprob_P = target.weights_E, target.realised_logprob_P
-    if not (np.all(np.isfinite(weights_E) & (weights_E > 0)) and np.all(np.isfinite(logprob_P))):
+    if not (
+        np.all(np.isfinite(weights_E) & (weights_E > 0))
+        and np.all(np.isfinite(logprob_P))
+        and not np.any(np.isnan(target.log_tail_mass_P))
+    ):
         raise AlignmentError(
             "a teacher entry is no number", expected="weights > 0 and finite logprobs"
         )

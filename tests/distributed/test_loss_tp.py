@@ -10,17 +10,33 @@ import torch.distributed as dist
 from tests.distributed.gloo import run_gloo
 from tests.trainer.packed import random_row
 from trainer.batch import make_batch
-from trainer.losses.fused_linear import (
-    WHOLE_VOCAB,
-    TokenTargets,
-    VocabShard,
-    fused_linear_eval,
-    fused_linear_loss,
-)
+from trainer.losses.chunk import WHOLE_VOCAB, HeadTargets, TokenTargets, VocabShard
+from trainer.losses.coefficients import Coefficients, SampledTokens
+from trainer.losses.fused_linear import fused_linear_eval, fused_linear_loss
 from trainer.losses.objective import batch_loss
 from trainer.losses.spans import LossConfig, span_counts
 
 VOCAB, HIDDEN, TOKENS, ENTRIES = 96, 6, 40, 9
+
+
+def _of_every_kind(random_4N: torch.Tensor) -> Coefficients:
+    """CE with KD, the policy gradient and the KL on a third of the positions each."""
+    kind = torch.arange(random_4N.shape[1]) % 3
+    text, policy = random_4N * (kind == 0), random_4N[0] * (kind == 1)
+    return Coefficients(
+        ce_N=text[0],
+        kd_N=text[1],
+        kl_N=random_4N[0] * (kind == 2),
+        sampled=SampledTokens(
+            sampled_N=kind == 1,
+            coef_N=policy,
+            teacher_logprob_N=-5 * random_4N[2],
+            sampling_logprob_N=-5 * random_4N[3],
+            ratio_low=0.5,
+            ratio_high=2.0,
+            advantage_clip=3.0,
+        ),
+    )
 
 
 def _losses(start: int, stop: int, shard: VocabShard, scale: float) -> dict[str, torch.Tensor]:
@@ -34,19 +50,22 @@ def _losses(start: int, stop: int, shard: VocabShard, scale: float) -> dict[str,
         labels_N=torch.randint(0, VOCAB, (30,), generator=generator),
         ids_NK=torch.stack(order).int(),
         weights_NK=torch.rand(30, ENTRIES, generator=generator),
+        heads=HeadTargets(torch.arange(30) % 5, -3 * torch.rand(30, generator=generator)),
     )
-    coefficients = torch.rand(2, 30, generator=generator)
+    coefficients = _of_every_kind(torch.rand(4, 30, generator=generator))
     hidden.requires_grad_()
     weight = weight[start:stop].clone().requires_grad_()
-    loss, ce, kd = fused_linear_loss(
-        hidden, weight, targets, *coefficients, shard=shard, chunk_tokens=7
+    loss, losses = fused_linear_loss(
+        hidden, weight, targets, coefficients, shard=shard, chunk_tokens=7
     )
     loss.backward()
-    _, _, top = fused_linear_eval(hidden, weight, targets, shard=shard, chunk_tokens=11)
+    evaluated, top = fused_linear_eval(hidden, weight, targets, shard=shard, chunk_tokens=11)
+    torch.testing.assert_close(evaluated, losses)
     return {
         "loss": loss.detach(),
-        "ce": ce,
-        "kd": kd,
+        "ce": losses.ce_N,
+        "kd": losses.kd_N,
+        "kl": losses.kl_N,
         "top": top,
         "grad_hidden": hidden.grad,
         "grad_weight": weight.grad,
@@ -64,8 +83,9 @@ def test_a_sharded_vocabulary_equals_a_whole_one(cuts: list[int], scale: float) 
     """At scale 200 a rank's largest logit lies hundreds of nats below the other's."""
     whole = _losses(0, VOCAB, WHOLE_VOCAB, scale)
     ranks = run_gloo(_sharded, 2, cuts, scale)
+    assert whole["kl"].count_nonzero() == 24
     for rank in ranks:
-        for name in ("loss", "ce", "kd", "top", "grad_hidden"):
+        for name in ("loss", "ce", "kd", "kl", "top", "grad_hidden"):
             torch.testing.assert_close(rank[name], whole[name], rtol=1e-11, atol=1e-11)
     gathered = torch.cat([rank["grad_weight"] for rank in ranks])
     torch.testing.assert_close(gathered, whole["grad_weight"], rtol=1e-11, atol=1e-11)

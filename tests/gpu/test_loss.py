@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
-from tests.trainer.packed import random_row
+from tests.trainer.losses.sampling import mixed_rows
 from trainer.batch import make_batch
-from trainer.losses.fused_linear import TokenTargets, fused_linear_eval, fused_linear_loss
+from trainer.losses.chunk import TokenTargets
+from trainer.losses.coefficients import Coefficients
+from trainer.losses.fused_linear import fused_linear_eval, fused_linear_loss
 from trainer.losses.objective import batch_loss
+from trainer.losses.policy import PolicyLossConfig
 from trainer.losses.spans import LossConfig, span_counts
 
 pytestmark = [
@@ -22,7 +24,7 @@ MIB = 2**20
 
 def make_inputs(
     num_tokens: int, hidden: int, vocab: int, entries: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, TokenTargets, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, TokenTargets, Coefficients]:
     generator = torch.Generator("cuda").manual_seed(0)
     cuda = {"generator": generator, "device": "cuda"}
     hidden_TD = torch.randn(num_tokens, hidden, **cuda).to(dtype).requires_grad_()
@@ -39,7 +41,8 @@ def make_inputs(
     targets = TokenTargets(
         targets.index_N, targets.labels_N[:num], targets.ids_NK[:num], targets.weights_NK[:num]
     )
-    return hidden_TD, weight_VD, targets, torch.rand(num, **cuda), torch.rand(num, **cuda)
+    coefficients = Coefficients(torch.rand(num, **cuda), torch.rand(num, **cuda))
+    return hidden_TD, weight_VD, targets, coefficients
 
 
 @pytest.mark.parametrize("chunk_tokens", [64, 100, 4096])
@@ -50,16 +53,14 @@ def make_inputs(
 def test_the_dense_float64_form(
     dtype: torch.dtype, loss_tolerance: float, gradient_tolerance: float, chunk_tokens: int
 ) -> None:
-    inputs = hidden_TD, weight_VD, targets, ce_coef_N, kd_coef_N = make_inputs(
-        512, 64, 20_011, 24, dtype
-    )
-    loss, ce_N, kd_N = fused_linear_loss(*inputs, chunk_tokens=chunk_tokens)
+    inputs = hidden_TD, weight_VD, targets, of = make_inputs(512, 64, 20_011, 24, dtype)
+    loss, (ce_N, kd_N, _) = fused_linear_loss(*inputs, chunk_tokens=chunk_tokens)
     gradients = torch.autograd.grad(loss, (hidden_TD, weight_VD))
     logits_NV = hidden_TD.double()[targets.index_N] @ weight_VD.double().T
     exact_ce_N = functional.cross_entropy(logits_NV, targets.labels_N, reduction="none")
     picked_NK = logits_NV.gather(1, targets.ids_NK.long())
     exact_kd_N = logits_NV.logsumexp(dim=1) - (targets.weights_NK.double() * picked_NK).sum(dim=1)
-    exact_loss = (ce_coef_N.double() * exact_ce_N + kd_coef_N.double() * exact_kd_N).sum()
+    exact_loss = (of.ce_N.double() * exact_ce_N + of.kd_N.double() * exact_kd_N).sum()
     exact = torch.autograd.grad(exact_loss, (hidden_TD, weight_VD))
     assert abs(loss.item() / exact_loss.item() - 1) < loss_tolerance
     torch.testing.assert_close(ce_N.double(), exact_ce_N, rtol=1e-6, atol=1e-5)
@@ -67,10 +68,10 @@ def test_the_dense_float64_form(
     for gradient, wanted in zip(gradients, exact, strict=True):
         error = (gradient.double() - wanted.double()).norm() / wanted.double().norm()
         assert error.item() < gradient_tolerance
-    evaluated = fused_linear_eval(hidden_TD, weight_VD, targets, chunk_tokens=chunk_tokens)
-    torch.testing.assert_close(evaluated[:2], (ce_N, kd_N))
+    losses, top_N = fused_linear_eval(hidden_TD, weight_VD, targets, chunk_tokens=chunk_tokens)
+    torch.testing.assert_close(losses[:2], (ce_N, kd_N))
     near_NV = logits_NV.detach() >= logits_NV.detach().amax(dim=1, keepdim=True) - 1e-4
-    assert near_NV.gather(1, evaluated[2][:, None]).all()
+    assert near_NV.gather(1, top_N[:, None]).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -81,7 +82,7 @@ def test_memory_is_the_chunk_and_the_gradients(dtype: torch.dtype) -> None:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    loss, _, _ = fused_linear_loss(*inputs, chunk_tokens=chunk)
+    loss, _ = fused_linear_loss(*inputs, chunk_tokens=chunk)
     forward_peak = torch.cuda.max_memory_allocated() - before
     loss.backward()
     torch.cuda.synchronize()
@@ -101,21 +102,28 @@ def test_two_runs_are_bitwise_equal() -> None:
     inputs = make_inputs(512, 64, 20_011, 24, torch.bfloat16)
     runs = []
     for _ in range(2):
-        loss, ce_N, kd_N = fused_linear_loss(*inputs, chunk_tokens=200)
+        loss, (ce_N, kd_N, _) = fused_linear_loss(*inputs, chunk_tokens=200)
         runs.append((loss.detach(), ce_N, kd_N, *torch.autograd.grad(loss, inputs[:2])))
     for one, other in zip(*runs, strict=True):
         assert torch.equal(one, other)
 
 
-def test_a_step_never_waits_for_the_device() -> None:
-    rng = np.random.default_rng(0)
-    rows = [random_row(rng, [(3, 20, 9)], 40, 97) for _ in range(3)]
-    batch = make_batch([row for row, _ in rows], [rows[0][1], None, rows[2][1]])
-    batch = batch.pin_memory().to("cuda")
+CONFIDENCE = {"m": -3.0, "tau": 1.0, "w_min": 0.1, "w_max": 2.0}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LossConfig(kd_weight=0.5, confidence=CONFIDENCE, chunk_tokens=32),
+        PolicyLossConfig(objective="policy_gradient", advantage_clip=2.0, chunk_tokens=32),
+        PolicyLossConfig(objective="reverse_kl", chunk_tokens=32),
+    ],
+    ids=["kd", "policy_gradient", "reverse_kl"],
+)
+def test_a_step_never_waits_for_the_device(config: LossConfig | PolicyLossConfig) -> None:
+    batch = make_batch(*zip(*mixed_rows(3, 40, 97), strict=True)).pin_memory().to("cuda")
     hidden_BTD = torch.randn(3, 40, 16, device="cuda", requires_grad=True)
     weight_VD = torch.randn(97, 16, device="cuda", requires_grad=True)
-    confidence = {"m": -3.0, "tau": 1.0, "w_min": 0.1, "w_max": 2.0}
-    config = LossConfig(kd_weight=0.5, confidence=confidence, chunk_tokens=32)
     torch.cuda.set_sync_debug_mode("error")
     try:
         loss, sums_CM = batch_loss(hidden_BTD, weight_VD, batch, span_counts(batch), config)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from common.errors import AlignmentError
 from common.tokenizer import END, ENDOFTEXT, PAD, START
+from datastore.rollout import ScoredTokens
 from datastore.target import dense_weights
 from datastore.types import DocTarget
 from tests.trainer.packed import pack, random_document, random_logprobs, random_row, score
@@ -191,3 +192,66 @@ def test_targets_of_another_document_are_refused(rng: np.random.Generator) -> No
     target = score(other, random_logprobs(rng, 6, VOCAB))
     with pytest.raises(AlignmentError):
         make_batch([pack([document], 12)], [[target]])
+
+
+def _samples(logprobs: list[float], teacher: list[float] | None = None) -> ScoredTokens:
+    return ScoredTokens(
+        sampling_logprob_S=np.array(logprobs, dtype=np.float32),
+        teacher_logprob_S=np.array(logprobs if teacher is None else teacher, dtype=np.float32),
+    )
+
+
+def test_sampled_tokens_stand_where_their_tokens_are_predicted(rng: np.random.Generator) -> None:
+    """Two documents of a row sampled, one with targets, the one between them not; the next row is the anchor's."""
+    row, documents = random_row(rng, [(3, 2, 1), (1, 2, 2), (2, 0, 2)], 20, VOCAB)
+    first, last = _samples([-1, -2, -3], [-4, -5, -6]), _samples([-7, 0], [0, -8])
+    batch = make_batch([row, row], [[documents[0], None, None], None], [[first, None, last], None])
+    at = torch.tensor([2, 3, 4, 14, 15])
+    assert batch.sampled_BT.nonzero().tolist() == [[0, t] for t in at.tolist()]
+    assert batch.sampling_logprob_BT[0, at].tolist() == [-1, -2, -3, -7, 0]
+    assert batch.teacher_logprob_BT[0, at].tolist() == [-4, -5, -6, 0, -8]
+    off = ~batch.sampled_BT
+    assert not batch.sampling_logprob_BT[off].any() and not batch.teacher_logprob_BT[off].any()
+    assert batch.has_target_BT.nonzero().tolist() == [[0, 2], [0, 3], [0, 4]]
+    assert batch.label_spans_BT[0, at].tolist() == [1, 1, 2, 2, 2]
+    plain = make_batch([row, row])
+    assert not plain.sampled_BT.any() and not plain.sampling_logprob_BT.any()
+
+
+def test_heads_and_tails_stand_at_their_positions(rng: np.random.Generator) -> None:
+    row, documents = random_row(rng, [(3, 4, 2), (2, 1, 6)], 24, VOCAB)
+    batch = make_batch([row], [[documents[0], None]])
+    target, at = documents[0].target, documents[0].target.positions_P
+    assert batch.target_num_head_BT[0, at].tolist() == target.num_head_P.tolist()
+    assert batch.target_log_tail_BT[0, at].tolist() == target.log_tail_mass_P.tolist()
+    assert target.num_head_P.any()
+    off = ~batch.has_target_BT
+    assert not batch.target_num_head_BT[off].any() and not batch.target_log_tail_BT[off].any()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "what"),
+    [
+        (_samples([-1, -2]), "2"),
+        (_samples([-1, -2, -3, -4]), "4"),
+        (_samples([-1, -2, -3], [-1, -2]), "the teacher"),
+        (_samples([-1, np.nan, -3]), "sampled token 1"),
+        (_samples([-1, -2, -np.inf]), "sampled token 2"),
+        (_samples([0.5, -2, -1]), "the student"),
+        (_samples([-1, -2, -1], [-1, -1, 0.25]), "the teacher"),
+        (_samples([-1, -2, -1], [-np.inf, -1, 0]), "the teacher"),
+    ],
+)
+def test_impossible_samples_are_refused(
+    wrong: ScoredTokens, what: str, rng: np.random.Generator
+) -> None:
+    row, documents = random_row(rng, [(3, 2, 1), (2, 0, 6)], 24, VOCAB)
+    make_batch([row], [documents], [[_samples([-1, -2, -3]), None]])
+    with pytest.raises(AlignmentError, match=what):
+        make_batch([row], [documents], [[wrong, None]])
+
+
+def test_samples_are_given_for_every_document(rng: np.random.Generator) -> None:
+    row, _ = random_row(rng, [(3, 2, 1), (2, 0, 6)], 24, VOCAB)
+    with pytest.raises(AlignmentError, match="1 documents"):
+        make_batch([row], None, [[_samples([-1, -2, -3])]])

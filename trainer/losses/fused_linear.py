@@ -3,15 +3,13 @@
 Legend: T tokens, N computed positions, C positions of a chunk, D hidden size, K stored teacher entries,
 V vocabulary, W rows of the vocabulary on this rank (W = V without tensor parallelism).
 
-With logits z = W h, lse = log sum_v exp(z_v), label y and sparse target T (its weights need not sum to 1):
+The losses of a position, CE, KD and KL, are those of trainer/losses/chunk.py on its logits z = W h. KD's gradient is
+that of the cross entropy of the teacher's distribution P in expectation, as E[T] = P. The policy gradient on a sampled
+token is CE with a coefficient that depends on its value (trainer/losses/coefficients.py).
 
-    CE = lse - z_y                     dCE/dz = q - onehot(y)        q = softmax(z)
-    KD = lse - sum_i T_i z_i           dKD/dz = q - T
-
-KD's gradient is that of the cross entropy of the teacher's distribution P in expectation, as E[T] = P.
 The gradients of hidden and weight are made in the forward pass, while the chunk's logits are there, and scaled by
 the incoming gradient in the backward pass (the idea of Liger Kernel's fused linear cross entropy, arXiv 2410.10989).
-The chunk's buffer holds z, then e = exp(z - max), then e minus the targets; the rows' factor c / sum(e) is applied to
+The chunk's buffer holds z, then e = exp(z - max), then dL/dz up to a factor a row; that factor is applied to
 the small operands of the products instead of the buffer.
 
 Numbers: logits, losses and the weight's gradient are float32 (float64 for float64 inputs). bf16 operands stay bf16
@@ -25,86 +23,49 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-_NO_ID = torch.iinfo(torch.int64).max
-
-
-@dataclass(frozen=True)
-class VocabShard:
-    """The rows of the lm_head on this rank: ids start .. start + W; group None means all of them."""
-
-    start: int = 0
-    group: dist.ProcessGroup | None = None
-
-    def all_reduce(self, values: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
-        """`values` combined over the ranks of the vocabulary, in place."""
-        if self.group is not None:
-            dist.all_reduce(values, op=op, group=self.group)
-        return values
-
-    def localise(self, ids: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Local rows of global ids (int64, 0 where the id lives elsewhere) and 1.0 / 0.0 for here / elsewhere."""
-        local = ids.long() - self.start
-        if self.group is None:
-            return local, torch.ones_like(local, dtype=torch.float32)
-        here = (local >= 0) & (local < num_rows)
-        return torch.where(here, local, 0), here.float()
-
-
-WHOLE_VOCAB = VocabShard()
-
-
-@dataclass(frozen=True)
-class TokenTargets:
-    """What the N computed positions are to predict.
-
-    index_N: int64, distinct rows of the hidden states. labels_N: integer ids in the whole vocabulary.
-    ids_NK: integer, weights_NK: >= 0, the sparse teacher target; weight 0 in unused entries. K may be 0.
-    """
-
-    index_N: torch.Tensor
-    labels_N: torch.Tensor
-    ids_NK: torch.Tensor
-    weights_NK: torch.Tensor
-
-    def __getitem__(self, rows: slice) -> TokenTargets:
-        return TokenTargets(
-            self.index_N[rows], self.labels_N[rows], self.ids_NK[rows], self.weights_NK[rows]
-        )
+from trainer.losses.chunk import (
+    WHOLE_VOCAB,
+    SoftmaxChunk,
+    TokenTargets,
+    VocabShard,
+    softmax_chunk,
+    top_ids,
+)
+from trainer.losses.coefficients import Coefficients, Losses
 
 
 def fused_linear_loss(
     hidden_TD: torch.Tensor,
     weight_WD: torch.Tensor,
     targets: TokenTargets,
-    ce_coef_N: torch.Tensor,
-    kd_coef_N: torch.Tensor,
+    coefficients: Coefficients,
     *,
     shard: VocabShard = WHOLE_VOCAB,
     chunk_tokens: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """loss = sum over the N positions of ce_coef * CE + kd_coef * KD; also CE and KD of each, detached.
+) -> tuple[torch.Tensor, Losses]:
+    """loss = sum over the N positions of their coefficients times CE, KD and KL; also the three of each, detached.
 
     hidden_TD, weight_WD: one dtype, float32, bfloat16 or float64; gradients flow to both. Rows of hidden that
-    targets.index_N does not name have no loss and no gradient. ce_coef_N, kd_coef_N: >= 0. chunk_tokens: positions
-    whose logits live at a time. Returns (loss [], ce_N, kd_N) in float32 (float64 for float64 inputs); nats.
+    targets.index_N does not name have no loss and no gradient. coefficients.kl_N needs targets.heads. chunk_tokens:
+    positions whose logits live at a time. Returns (loss [], losses) in float32 (float64 for float64 inputs); nats.
 
     With a shard group every rank passes the same hidden and targets and its own rows of the weight; all get the same
     loss, and the whole gradient of hidden, already summed over the group: where sequence parallelism gathers
     hidden, its backward must split that gradient, not sum it again.
     """
-    return _FusedLinearLoss.apply(
+    assert coefficients.kl_N is None or targets.heads is not None
+    loss, *losses = _FusedLinearLoss.apply(
         hidden_TD,
         weight_WD,
         targets,
-        ce_coef_N,
-        kd_coef_N,
+        coefficients,
         shard,
         chunk_tokens,
         torch.is_grad_enabled(),
     )
+    return loss, Losses(*losses)
 
 
 @torch.no_grad()
@@ -115,16 +76,15 @@ def fused_linear_eval(
     *,
     shard: VocabShard = WHOLE_VOCAB,
     chunk_tokens: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """CE, KD and the most probable id (int64) of each position, without gradients: [N] each."""
+) -> tuple[Losses, torch.Tensor]:
+    """The losses and the most probable id (int64 [N]) of each position, without gradients."""
     hidden_ND, head_WD, dtype = _operands(hidden_TD.index_select(0, targets.index_N), weight_WD)
-    ce_N, kd_N = hidden_ND.new_empty((2, len(hidden_ND)), dtype=dtype)
+    losses = _empty_losses(hidden_ND, dtype, targets)
     top_N = torch.empty_like(targets.index_N)
     for rows, logits_CW in _logits_chunks(hidden_ND, head_WD, dtype, chunk_tokens):
-        top_N[rows] = _top_ids(logits_CW, shard)
-        chunk = _softmax_chunk(logits_CW, targets[rows], shard)
-        ce_N[rows], kd_N[rows] = chunk.ce_C, chunk.kd_C
-    return ce_N, kd_N, top_N
+        top_N[rows] = top_ids(logits_CW, shard)
+        _store(losses, rows, softmax_chunk(logits_CW, targets[rows], shard))
+    return losses, top_N
 
 
 class _FusedLinearLoss(torch.autograd.Function):
@@ -134,35 +94,32 @@ class _FusedLinearLoss(torch.autograd.Function):
         hidden_TD: torch.Tensor,
         weight_WD: torch.Tensor,
         targets: TokenTargets,
-        ce_coef_N: torch.Tensor,
-        kd_coef_N: torch.Tensor,
+        coefficients: Coefficients,
         shard: VocabShard,
         chunk_tokens: int,
         grad_enabled: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor | None, ...]:
         hidden_ND, head_WD, dtype = _operands(hidden_TD.index_select(0, targets.index_N), weight_WD)
-        ce_coef_N, kd_coef_N = ce_coef_N.to(dtype), kd_coef_N.to(dtype)
         # ctx.needs_input_grad does not know of torch.no_grad().
         needs = [grad_enabled and need for need in ctx.needs_input_grad[:2]]
         gradients = _Gradients.zeros(hidden_ND, head_WD, dtype, *needs)
-        ce_N, kd_N = hidden_ND.new_empty((2, len(hidden_ND)), dtype=dtype)
+        losses = _empty_losses(hidden_ND, dtype, targets)
         for rows, logits_CW in _logits_chunks(hidden_ND, head_WD, dtype, chunk_tokens):
-            chunk = _softmax_chunk(logits_CW, targets[rows], shard)
-            ce_N[rows], kd_N[rows] = chunk.ce_C, chunk.kd_C
+            chunk = softmax_chunk(logits_CW, targets[rows], shard)
+            _store(losses, rows, chunk)
             if any(needs):
-                scale_C = chunk.subtract_targets(ce_coef_N[rows], kd_coef_N[rows])
+                scale_C = chunk.subtract_targets(coefficients[rows].settled(chunk.ce_C))
                 gradients.add(rows, chunk.exp_CW, scale_C, hidden_ND, head_WD)
         if gradients.hidden_ND is not None:
             shard.all_reduce(gradients.hidden_ND)
         ctx.save_for_backward(targets.index_N, gradients.hidden_ND, gradients.weight_WD)
         ctx.num_tokens, ctx.dtype = len(hidden_TD), hidden_TD.dtype
-        ctx.mark_non_differentiable(ce_N, kd_N)
-        loss = (ce_coef_N.double() * ce_N + kd_coef_N.double() * kd_N).sum().to(dtype)
-        return loss, ce_N, kd_N
+        ctx.mark_non_differentiable(*(loss_N for loss_N in losses if loss_N is not None))
+        return coefficients.loss(losses).sum().to(dtype), *losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: torch.Tensor, *_: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
         index_N, grad_hidden_ND, grad_weight_WD = ctx.saved_tensors
         grad_hidden_TD = grad_weight = None
         if grad_hidden_ND is not None:
@@ -171,7 +128,7 @@ class _FusedLinearLoss(torch.autograd.Function):
             grad_hidden_TD.index_copy_(0, index_N, scaled_ND)
         if grad_weight_WD is not None:
             grad_weight = (grad_weight_WD * grad_loss).to(ctx.dtype)
-        return grad_hidden_TD, grad_weight, *(None,) * 6
+        return grad_hidden_TD, grad_weight, *(None,) * 5
 
 
 @dataclass(frozen=True)
@@ -213,65 +170,15 @@ class _Gradients:
             _addmm(self.weight_WD, residual_CW.t(), scaled_CD)
 
 
-@dataclass(frozen=True)
-class _SoftmaxChunk:
-    """exp_CW = exp(z - max), its sums over the vocabulary, and the losses of a chunk's positions."""
-
-    exp_CW: torch.Tensor
-    sum_C: torch.Tensor
-    ce_C: torch.Tensor
-    kd_C: torch.Tensor
-    label_rows_C1: torch.Tensor
-    label_here_C1: torch.Tensor
-    entry_rows_CK: torch.Tensor
-    entry_weights_CK: torch.Tensor
-
-    def subtract_targets(self, ce_coef_C: torch.Tensor, kd_coef_C: torch.Tensor) -> torch.Tensor:
-        """Turn exp_CW in place into dL/dz up to a factor a row, and return that factor [C]."""
-        coef_C = ce_coef_C + kd_coef_C
-        kd_share_C = torch.where(coef_C > 0, kd_coef_C / coef_C, 0)
-        label_C1 = ((kd_share_C - 1) * self.sum_C)[:, None] * self.label_here_C1
-        entries_CK = (-kd_share_C * self.sum_C)[:, None] * self.entry_weights_CK
-        self.exp_CW.scatter_add_(1, self.label_rows_C1, label_C1)
-        self.exp_CW.scatter_add_(1, self.entry_rows_CK, entries_CK)
-        return coef_C / self.sum_C
+def _empty_losses(hidden_ND: torch.Tensor, dtype: torch.dtype, targets: TokenTargets) -> Losses:
+    ce_N, kd_N, kl_N = (hidden_ND.new_empty(len(hidden_ND), dtype=dtype) for _ in range(3))
+    return Losses(ce_N, kd_N, None if targets.heads is None else kl_N)
 
 
-def _softmax_chunk(
-    logits_CW: torch.Tensor, targets: TokenTargets, shard: VocabShard
-) -> _SoftmaxChunk:
-    """Losses of a chunk; the buffer of the logits becomes exp(z - max) in place."""
-    dtype, num_rows = logits_CW.dtype, logits_CW.shape[1]
-    label_rows_C1, label_here_C1 = shard.localise(targets.labels_N[:, None], num_rows)
-    entry_rows_CK, entry_here_CK = shard.localise(targets.ids_NK, num_rows)
-    label_here_C1 = label_here_C1.to(dtype)
-    entry_weights_CK = (targets.weights_NK * entry_here_CK).to(dtype)
-    label_C = (logits_CW.gather(1, label_rows_C1) * label_here_C1)[:, 0]
-    entries_C = (logits_CW.gather(1, entry_rows_CK) * entry_weights_CK).sum(dim=1)
-    max_C = shard.all_reduce(logits_CW.amax(dim=1), dist.ReduceOp.MAX)
-    exp_CW = logits_CW.sub_(max_C[:, None]).exp_()
-    # One reduction for all three: a collective of a few kB costs its latency.
-    sums_3C = shard.all_reduce(torch.stack([exp_CW.sum(dim=1), label_C, entries_C]))
-    sum_C, label_C, entries_C = sums_3C
-    lse_C = max_C + sum_C.log()
-    return _SoftmaxChunk(
-        exp_CW=exp_CW,
-        sum_C=sum_C,
-        ce_C=lse_C - label_C,
-        kd_C=lse_C - entries_C,
-        label_rows_C1=label_rows_C1,
-        label_here_C1=label_here_C1,
-        entry_rows_CK=entry_rows_CK,
-        entry_weights_CK=entry_weights_CK,
-    )
-
-
-def _top_ids(logits_CW: torch.Tensor, shard: VocabShard) -> torch.Tensor:
-    """Global id of the largest logit of each row; the lowest such id between ranks."""
-    best = logits_CW.max(dim=1)
-    max_C = shard.all_reduce(best.values.clone(), dist.ReduceOp.MAX)
-    ids_C = torch.where(best.values == max_C, best.indices + shard.start, _NO_ID)
-    return shard.all_reduce(ids_C, dist.ReduceOp.MIN)
+def _store(losses: Losses, rows: slice, chunk: SoftmaxChunk) -> None:
+    losses.ce_N[rows], losses.kd_N[rows] = chunk.ce_C, chunk.kd_C
+    if losses.kl_N is not None and chunk.heads is not None:
+        losses.kl_N[rows] = chunk.heads.kl_C
 
 
 def _operands(

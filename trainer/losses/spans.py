@@ -1,4 +1,4 @@
-"""The one objective of training: which coefficient each target position has. Pure.
+"""The objective on text: which coefficient each target position has. Pure.
 
 With s over the spans (reasoning, final), N_s the target positions of span s in the whole GLOBAL batch, a = kd_weight
 and c_t the confidence weight (1 without confidence weighting):
@@ -30,6 +30,7 @@ from common.config import Config
 from common.errors import ConfigError
 from datastore.types import SPAN_FINAL, SPAN_REASONING
 from trainer.batch import Batch
+from trainer.losses.coefficients import Coefficients
 
 
 class SpanWeights(Config):
@@ -98,18 +99,26 @@ def confidence_weights(batch: Batch, config: LossConfig) -> torch.Tensor:
     return torch.where(batch.has_target_BT.flatten()[batch.target_index_N], weights_N, 1.0)
 
 
-def token_coefficients(
-    batch: Batch, global_counts: torch.Tensor, config: LossConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """ce_coef and kd_coef of the target positions, float32 [N] each: L = sum of ce_coef * CE + kd_coef * KD.
+def span_coefficients(
+    batch: Batch, global_counts: torch.Tensor, weights: SpanWeights
+) -> torch.Tensor:
+    """w_s / N_s of the target positions, s the span of each: float64 [N].
 
     global_counts: int64 [2], `span_counts` of the whole global batch. A schedule that averages over M micro-batches
     and D data parallel ranks needs the loss of each micro-batch times M * D to yield this sum.
     """
     spans_N = batch.label_spans_BT.flatten()[batch.target_index_N].long()
-    has_target_N = batch.has_target_BT.flatten()[batch.target_index_N].double()
-    counts, weights = global_counts.clamp(min=1).double(), config.span_weights
+    counts = global_counts.clamp(min=1).double()
     per_position = torch.stack([weights.reasoning / counts[0], weights.final / counts[1]])
-    coef_N = per_position[spans_N - SPAN_REASONING] * confidence_weights(batch, config)
+    return per_position[spans_N - SPAN_REASONING]
+
+
+def token_coefficients(
+    batch: Batch, global_counts: torch.Tensor, config: LossConfig
+) -> Coefficients:
+    """L's coefficients of CE and KD at the target positions, float32. global_counts: see `span_coefficients`."""
+    has_target_N = batch.has_target_BT.flatten()[batch.target_index_N].double()
+    coef_N = span_coefficients(batch, global_counts, config.span_weights)
+    coef_N = coef_N * confidence_weights(batch, config)
     kd_share_N = config.kd_weight * has_target_N
-    return (coef_N * (1 - kd_share_N)).float(), (coef_N * kd_share_N).float()
+    return Coefficients((coef_N * (1 - kd_share_N)).float(), (coef_N * kd_share_N).float())

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.batch import CLASSES
-from trainer.config import KDConfig
+from trainer.config import RunConfig
 from trainer.losses.report import QUANTITIES
 from trainer.megatron.student import Student
 from trainer.megatron.topology import Topology
@@ -35,7 +35,7 @@ def diverged(
     loss: float,
     grad_norm: float,
     student: Student,
-    config: KDConfig,
+    config: RunConfig,
     topology: Topology,
     again: Callable[[], torch.Tensor],
 ) -> DivergedError:
@@ -80,7 +80,7 @@ def _names(names: list[str], first: str) -> str:
     return first + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
-def _remedy(seen: list[_Seen], config: KDConfig) -> str:
+def _remedy(seen: list[_Seen], config: RunConfig) -> str:
     if not any(of.weights or of.losses or of.gradients for of in seen):
         return "a fault that does not repeat is the hardware's; run the same command to go on"
     return (

@@ -28,7 +28,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
 from common.errors import ConfigError
-from trainer.config import KDConfig
+from trainer.config import RunConfig
 from trainer.normuon import NorMuon
 
 
@@ -52,7 +52,7 @@ _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 _VALUE_RESIDUAL, _GRAPE_M = "value_residual_logit", "rotary_pos_emb.log_frequency"
 
 
-def build_optimizer(config: KDConfig, model: torch.nn.Module) -> ChainedOptimizer:
+def build_optimizer(config: RunConfig, model: torch.nn.Module) -> ChainedOptimizer:
     """The chain over the model's parameters, in order of ENTRIES; every parameter is in exactly one.
 
     Every param group has `lr_mult`, the factor on the rate of the step, and its own constant `weight_decay`.
@@ -74,7 +74,7 @@ def build_optimizer(config: KDConfig, model: torch.nn.Module) -> ChainedOptimize
     return ChainedOptimizer(chain)
 
 
-def _entry(config: KDConfig, name: str, parameter: torch.nn.Parameter) -> Entry:
+def _entry(config: RunConfig, name: str, parameter: torch.nn.Parameter) -> Entry:
     if name.endswith((_VALUE_RESIDUAL, _GRAPE_M)):
         return Entry(normuon=False, experts=False, fp32=True)
     experts = _EXPERTS in name
@@ -83,7 +83,7 @@ def _entry(config: KDConfig, name: str, parameter: torch.nn.Parameter) -> Entry:
 
 
 def _groups(
-    config: KDConfig, entry: Entry, named: dict[str, torch.nn.Parameter]
+    config: RunConfig, entry: Entry, named: dict[str, torch.nn.Parameter]
 ) -> list[dict[str, Any]]:
     """Param groups of one entry, unlike in (wd_mult, lr_mult): by these a checkpoint's groups are told apart."""
     of = config.optimizer
@@ -107,7 +107,7 @@ def _groups(
     ]
 
 
-def _rate_factor(config: KDConfig, entry: Entry, name: str) -> float:
+def _rate_factor(config: RunConfig, entry: Entry, name: str) -> float:
     of = config.optimizer
     if entry.normuon and of.normuon:
         return of.normuon.lr / of.lr
@@ -117,7 +117,7 @@ def _rate_factor(config: KDConfig, entry: Entry, name: str) -> float:
 
 
 def _wrapped(
-    config: KDConfig,
+    config: RunConfig,
     megatron: MegatronOptimizerConfig,
     entry: Entry,
     named: dict[str, torch.nn.Parameter],
@@ -140,7 +140,7 @@ def _wrapped(
     return wrapped
 
 
-def _normuon(config: KDConfig, groups: list[dict[str, Any]]) -> NorMuon:
+def _normuon(config: RunConfig, groups: list[dict[str, Any]]) -> NorMuon:
     of = config.optimizer.normuon
     assert of is not None
     return NorMuon(
@@ -153,7 +153,7 @@ def _normuon(config: KDConfig, groups: list[dict[str, Any]]) -> NorMuon:
     )
 
 
-def _adamw(config: KDConfig, groups: list[dict[str, Any]]) -> torch.optim.AdamW:
+def _adamw(config: RunConfig, groups: list[dict[str, Any]]) -> torch.optim.AdamW:
     """fused on CUDA: one pass, where the other forms keep temporaries of the embedding's size."""
     of = config.optimizer
     return torch.optim.AdamW(
@@ -175,7 +175,7 @@ def _init_adamw(optimizer: torch.optim.AdamW, _config: object = None) -> None:
                 }
 
 
-def _megatron_config(config: KDConfig) -> MegatronOptimizerConfig:
+def _megatron_config(config: RunConfig) -> MegatronOptimizerConfig:
     bf16 = config.precision == "bf16"
     return MegatronOptimizerConfig(
         optimizer="adam",

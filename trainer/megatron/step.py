@@ -25,9 +25,10 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module
 
 from trainer.batch import Batch
-from trainer.config import KDConfig
-from trainer.losses.fused_linear import WHOLE_VOCAB, VocabShard
+from trainer.config import KDConfig, RunConfig
+from trainer.losses.chunk import WHOLE_VOCAB, VocabShard
 from trainer.losses.objective import batch_loss, evaluate_batch
+from trainer.losses.policy import PolicyLossConfig, num_without_targets, require_targets
 from trainer.losses.report import loss_metrics
 from trainer.losses.spans import span_counts
 from trainer.megatron.attention import PackedRows
@@ -36,6 +37,7 @@ from trainer.megatron.optimizer import build_optimizer
 from trainer.megatron.router import StudentRouter
 from trainer.megatron.student import Student, build_student
 from trainer.megatron.topology import Topology
+from trainer.opd.config import OPDConfig
 from trainer.router_load import router_metrics
 
 
@@ -50,9 +52,9 @@ class StepReport:
 
 
 class Trainer:
-    """The student, its gradients and its optimizer on this rank."""
+    """The student, its gradients and its optimizer on this rank. The type of config.loss names the objective."""
 
-    def __init__(self, config: KDConfig, topology: Topology, seq_len: int) -> None:
+    def __init__(self, config: KDConfig | OPDConfig, topology: Topology, seq_len: int) -> None:
         self.config, self.topology = config, topology
         self.student = build_student(config.student, config, config.parallel, seq_len)
         self.model = _with_ddp(self.student, config)
@@ -69,8 +71,10 @@ class Trainer:
     ) -> StepReport:
         """Forward and backward over this rank's micro-batches (on its device), then one optimizer step.
 
-        Raises DivergedError on every rank when any rank meets a number that is not finite; nothing has changed then.
+        Raises DivergedError on every rank when any rank meets a number that is not finite, and AlignmentError when
+        sampled tokens lack the targets that the objective needs; nothing has changed then.
         """
+        self._require_targets(micro_batches)
         biases_LE = torch.stack([router.expert_bias for router in self.routers])
         self.model.train()
         self.model.zero_grad_buffer()
@@ -88,7 +92,8 @@ class Trainer:
                 values["loss/total"], grad_norm, self.student, self.config, self.topology, again
             )
         self._update(learning_rate, grad_norm)
-        values |= {"grad_norm": grad_norm} | self._router_values()
+        rows = self.topology.sum(sum(_num_rows(batch) for batch in micro_batches))
+        values |= {"grad_norm": grad_norm} | self._router_values(int(rows))
         return StepReport(values=values, seconds=clock.read())
 
     @torch.no_grad()
@@ -195,14 +200,21 @@ class Trainer:
             group["lr"] = learning_rate * group["lr_mult"]
         self.optimizer.step_with_ready_grads()
 
-    def _router_values(self) -> dict[str, float]:
-        """Routing of the step. Sums go over all ranks: tensor-parallel ones hold slices of the rows."""
+    def _require_targets(self, micro_batches: Sequence[Batch]) -> None:
+        """Every rank counts all ranks' tokens, so that all raise together."""
+        of = self.config.loss
+        if isinstance(of, PolicyLossConfig) and of.objective != "policy_gradient":
+            missing = sum(num_without_targets(batch) for batch in micro_batches)
+            require_targets(int(self.topology.sum(missing)), of)
+
+    def _router_values(self, num_rows: int) -> dict[str, float]:
+        """Routing of the step, num_rows its rows. Sums go over all ranks: tensor-parallel ones hold slices of them."""
         aux = torch.stack([router.take_aux_loss() for router in self.routers]).sum()
         for value in (aux, self.routed_LE):
             dist.all_reduce(value)
         biases_LE = torch.stack([router.expert_bias for router in self.routers])
         values = router_metrics(self.routed_LE, biases_LE)
-        return values | {"router/aux_loss": float(aux) / self.config.batch.global_batch_size}
+        return values | {"router/aux_loss": float(aux) / max(num_rows, 1)}
 
 
 class Clock:
@@ -239,12 +251,17 @@ class Clock:
         return event
 
 
-def _with_ddp(student: Student, config: KDConfig) -> DistributedDataParallel:
+def _with_ddp(student: Student, config: RunConfig) -> DistributedDataParallel:
     module = Float16Module(student.config, student) if config.precision == "bf16" else student
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=False
     )
     return DistributedDataParallel(student.config, ddp, module)
+
+
+def _num_rows(batch: Batch) -> torch.Tensor:
+    """Rows of the batch that hold a document: int64 []."""
+    return (batch.doc_ids_BT >= 0).any(dim=1).sum()
 
 
 def _vocab_shard(student: Student, topology: Topology) -> VocabShard:

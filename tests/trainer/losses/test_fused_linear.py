@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from trainer.losses.fused_linear import TokenTargets, fused_linear_eval, fused_linear_loss
+from trainer.losses.chunk import TokenTargets
+from trainer.losses.coefficients import Coefficients
+from trainer.losses.fused_linear import fused_linear_eval, fused_linear_loss
 
 
 @dataclass(frozen=True)
@@ -20,14 +22,15 @@ class Case:
     kd_coef_N: torch.Tensor
 
     def loss(self, chunk_tokens: int = 1000) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return fused_linear_loss(
+        loss, losses = fused_linear_loss(
             self.hidden_TD,
             self.weight_VD,
             self.targets,
-            self.ce_coef_N,
-            self.kd_coef_N,
+            Coefficients(self.ce_coef_N, self.kd_coef_N),
             chunk_tokens=chunk_tokens,
         )
+        assert losses.kl_N is None
+        return loss, losses.ce_N, losses.kd_N
 
     def gradients(self, chunk_tokens: int = 1000) -> tuple[torch.Tensor, ...]:
         loss, _, _ = self.loss(chunk_tokens)
@@ -196,8 +199,8 @@ def test_no_positions_give_zero() -> None:
 def test_evaluation_equals_training_and_ranks_by_logit() -> None:
     case = make_case(60, 16, 1000, 20, torch.float32)
     _, ce_N, kd_N = case.loss(chunk_tokens=7)
-    evaluated = fused_linear_eval(case.hidden_TD, case.weight_VD, case.targets, chunk_tokens=16)
-    torch.testing.assert_close(evaluated[:2], (ce_N, kd_N))
+    losses, top_N = fused_linear_eval(case.hidden_TD, case.weight_VD, case.targets, chunk_tokens=16)
+    torch.testing.assert_close(losses[:2], (ce_N, kd_N))
     logits_NV = case.hidden_TD.double()[case.targets.index_N] @ case.weight_VD.double().T
-    assert torch.equal(evaluated[2], logits_NV.argmax(dim=1))
-    assert not any(each.requires_grad for each in evaluated)
+    assert torch.equal(top_N, logits_NV.argmax(dim=1))
+    assert not any(each.requires_grad for each in losses[:2])

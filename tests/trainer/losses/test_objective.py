@@ -15,7 +15,9 @@ from datastore.target import reduce_logprobs
 from datastore.types import DocTarget, PackedRow
 from tests.trainer.packed import random_logprobs, random_row
 from trainer.batch import Batch, make_batch
-from trainer.losses.fused_linear import TokenTargets, fused_linear_loss
+from trainer.losses.chunk import TokenTargets
+from trainer.losses.coefficients import Coefficients
+from trainer.losses.fused_linear import fused_linear_loss
 from trainer.losses.objective import batch_loss, evaluate_batch
 from trainer.losses.report import loss_metrics
 from trainer.losses.spans import LossConfig, span_counts
@@ -177,7 +179,7 @@ def test_the_gradient_over_draws_is_the_dense_gradient() -> None:
     inside = np.arange(entries.max()) < entries[:, None]
     ids[inside], weights[inside] = target.ids_E, target.weights_E
     logits_V = torch.from_numpy(rng.standard_normal(60)).requires_grad_()
-    loss, _, _ = fused_linear_loss(
+    loss, _ = fused_linear_loss(
         logits_V.expand(num_draws, 60),
         torch.eye(60, dtype=torch.float64),
         TokenTargets(
@@ -186,8 +188,7 @@ def test_the_gradient_over_draws_is_the_dense_gradient() -> None:
             ids_NK=torch.from_numpy(ids).int(),
             weights_NK=torch.from_numpy(weights),
         ),
-        torch.zeros(num_draws),
-        torch.full((num_draws,), 1 / num_draws),
+        Coefficients(torch.zeros(num_draws), torch.full((num_draws,), 1 / num_draws)),
         chunk_tokens=512,
     )
     (gradient_V,) = torch.autograd.grad(loss, logits_V)

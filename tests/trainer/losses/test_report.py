@@ -10,6 +10,7 @@ from common.tokenizer import CHANNEL, END, PAD, START, VOCAB_SIZE
 from datastore.target import target_positions
 from tests.trainer.packed import pack, score
 from trainer.batch import make_batch
+from trainer.losses.coefficients import Coefficients, Losses
 from trainer.losses.report import loss_metrics, loss_sums
 
 
@@ -26,7 +27,9 @@ def test_kl_of_a_student_equal_to_the_teacher_is_zero_and_control_is_apart() -> 
     ce_N = torch.full((5,), -np.log(0.75))
     kd_N = torch.full((5,), entropy)
     ones_N, zeros_N = torch.ones(5), torch.zeros(5)
-    metrics = loss_metrics(loss_sums(batch, ce_N, kd_N, ones_N, zeros_N))
+    metrics = loss_metrics(
+        loss_sums(batch, Losses(ce_N, kd_N, None), Coefficients(ones_N, zeros_N))
+    )
     assert metrics["loss/positions/control"] == 3
     assert metrics["loss/positions/reasoning"] == 4
     assert metrics["loss/positions/final"] == 1
@@ -34,7 +37,9 @@ def test_kl_of_a_student_equal_to_the_teacher_is_zero_and_control_is_apart() -> 
         assert metrics[f"loss/kl/{name}"] == pytest.approx(0, abs=1e-6)
         assert metrics[f"loss/entropy/{name}"] == pytest.approx(entropy)
         assert metrics[f"loss/teacher_nll/{name}"] == pytest.approx(-np.log(0.75), rel=1e-6)
-    lower = loss_metrics(loss_sums(batch, ce_N, kd_N + 0.5, ones_N, zeros_N))
+    lower = loss_metrics(
+        loss_sums(batch, Losses(ce_N, kd_N + 0.5, None), Coefficients(ones_N, zeros_N))
+    )
     assert lower["loss/kl/final"] == pytest.approx(0.5, rel=1e-6)
     assert lower["loss/total"] == pytest.approx(5 * -np.log(0.75), rel=1e-6)
 
@@ -58,13 +63,17 @@ def test_the_reported_kl_subtracts_the_entropy_of_scored_documents_alone() -> No
         assert of_scored.tolist() == [scored == 0] * 5 + [scored == 1] * 5
         kd_N = torch.where(of_scored, entropies[scored] + 0.25, 1e6)
         ones_N, zeros_N = torch.ones(10), torch.zeros(10)
-        metrics = loss_metrics(loss_sums(batch, ones_N, kd_N, ones_N, zeros_N))
+        metrics = loss_metrics(
+            loss_sums(batch, Losses(ones_N, kd_N, None), Coefficients(ones_N, zeros_N))
+        )
         assert metrics["loss/scored_share/total"] == 0.5
         for name, count in (("reasoning", 6), ("final", 4), ("control", 4)):
             assert metrics[f"loss/positions/{name}"] == count
             assert metrics[f"loss/scored_share/{name}"] == 0.5
             assert metrics[f"loss/entropy/{name}"] == pytest.approx(entropies[scored])
             assert metrics[f"loss/kl/{name}"] == pytest.approx(0.25, rel=1e-6)
-    nothing = loss_metrics(loss_sums(make_batch([row]), ones_N, kd_N, ones_N, zeros_N))
+    nothing = loss_metrics(
+        loss_sums(make_batch([row]), Losses(ones_N, kd_N, None), Coefficients(ones_N, zeros_N))
+    )
     assert nothing["loss/scored_share/total"] == 0
     assert "loss/kl/final" not in nothing
