@@ -14,13 +14,16 @@ export RAY_USAGE_STATS_ENABLED := 0
 # Waiting threads sleep: with fewer free cores than threads, spinning made scoring 2.7 times slower (measured).
 export OMP_WAIT_POLICY := passive
 
-.PHONY: setup demo test check bench
+.PHONY: setup demo demo-opd test check bench
 
 setup:
 	@bash scripts/setup.sh
 
 demo: setup
 	@$(PYTHON) -m demo.run
+
+demo-opd: setup
+	@$(PYTHON) -m demo.opd
 
 test: setup
 	@$(PYTHON) -m pytest

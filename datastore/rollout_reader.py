@@ -102,12 +102,11 @@ class RolloutReader:
         found, record = self.read_shard("train", shard), self.scored_record("train", shard)
         where = {"target_id": record.target_id, "split": record.split, "shard": shard}
         blobs = TargetShard(self.place.targets, record.entry, **where)
-        exact = LogprobShard(self.place.logprobs, record.logprobs, **where)
         sampled = {
-            (one.row, one.document): ScoredTokens(
-                sampling_logprob_S=one.logprobs_S, teacher_logprob_S=exact.logprobs(index, of)
+            (one.row, one.document): tokens
+            for (one, _), tokens in zip(
+                found.rollouts, self._scored_tokens(found, record), strict=True
             )
-            for index, (one, of) in enumerate(found.rollouts)
         }
         order, rows = self._id_order(record), []
         for index, row in enumerate(found.rows):
@@ -122,6 +121,26 @@ class RolloutReader:
                 )
             )
         return rows
+
+    def scored_tokens(self, shard: int) -> list[ScoredTokens]:
+        """Both logprobs of the sampled tokens of a scored shard, in the order of `rollouts`."""
+        found, record = self.read_shard("train", shard), self.scored_record("train", shard)
+        return self._scored_tokens(found, record)
+
+    def _scored_tokens(self, found: SampledShard, record: ScoredRecord) -> list[ScoredTokens]:
+        exact = LogprobShard(
+            self.place.logprobs,
+            record.logprobs,
+            target_id=record.target_id,
+            split=record.split,
+            shard=record.shard,
+        )
+        return [
+            ScoredTokens(
+                sampling_logprob_S=one.logprobs_S, teacher_logprob_S=exact.logprobs(index, of)
+            )
+            for index, (one, of) in enumerate(found.rollouts)
+        ]
 
     def sampled_record(self, split: Split, shard: int) -> SampledRecord:
         """The record of a sampled shard. Raises FormatError when it is absent, damaged or of another buffer."""

@@ -7,6 +7,7 @@ Convention: entry t scores the prediction of token t+1. Logprobs are natural-log
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,8 +71,7 @@ class PackedRow:
 
     def documents(self) -> list[slice]:
         """The slice of positions of each document."""
-        starts = [0, *self.doc_ends_D[:-1].tolist()]
-        return [slice(s, e) for s, e in zip(starts, self.doc_ends_D.tolist(), strict=True)]
+        return [slice(*ends) for ends in itertools.pairwise([0, *self.doc_ends_D.tolist()])]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

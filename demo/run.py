@@ -56,18 +56,21 @@ def main() -> None:
     console = Console(highlight=False)
     for folder in (SOURCE, DATASET, TEACHER, RUN):
         shutil.rmtree(folder, ignore_errors=True)
-    seconds = {name: _run(console, command) for name, command in COMMANDS.items()}
+    seconds = {name: run_command(console, command) for name, command in COMMANDS.items()}
     _report(console, seconds)
 
 
-def _run(console: Console, command: str) -> float:
-    """Run one command in the venv that runs this; returns its wall time in seconds."""
+def environment() -> dict[str, str]:
+    """Where the commands of the venv that runs this are found first, and nothing is fetched."""
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, **_NO_NETWORK, "PATH": programs}
+
+
+def run_command(console: Console, command: str) -> float:
+    """Run one command; returns its wall time in seconds. Where it fails, this process ends with its exit code."""
     console.print(f"\n[bold]$ {command}[/bold]", soft_wrap=True)
     start = time.monotonic()
-    result = subprocess.run(
-        shlex.split(command), env={**os.environ, **_NO_NETWORK, "PATH": programs}
-    )
+    result = subprocess.run(shlex.split(command), env=environment())
     if result.returncode:
         console.print(f"[red]the demo stopped: this command ended with {result.returncode}[/red]")
         sys.exit(result.returncode)

@@ -14,22 +14,28 @@ from datastore.data_config import DataConfig
 from datastore.serve_app import ServeConfig
 from datastore.teacher import TeacherConfig
 from trainer.config import KDConfig
+from trainer.opd.config import OPDConfig
 from trainer.parameters import parameter_counts
 from trainer.student_config import StudentConfig
 
-KINDS = (DataConfig, TeacherConfig, ServeConfig, StudentConfig, KDConfig)
+KINDS = (DataConfig, TeacherConfig, ServeConfig, StudentConfig, KDConfig, OPDConfig)
 FOLDERS = {
     "data": DataConfig,
     "teacher": TeacherConfig,
     "serve": ServeConfig,
     "student": StudentConfig,
-    "configs": KDConfig,
 }
 FILES = sorted(CONFIG_ROOT.rglob("*.yaml"))
 
 
 def _name(path: Path) -> str:
     return str(path.relative_to(CONFIG_ROOT))
+
+
+def _kind(path: Path) -> type[Config]:
+    if path.parent == CONFIG_ROOT:
+        return OPDConfig if path.stem.endswith("opd") else KDConfig
+    return FOLDERS[path.parent.name]
 
 
 def _accepts(kind: type[Config], path: Path) -> bool:
@@ -42,12 +48,12 @@ def _accepts(kind: type[Config], path: Path) -> bool:
 
 @pytest.mark.parametrize("path", FILES, ids=_name)
 def test_file_is_of_the_one_kind_of_its_folder(path: Path) -> None:
-    assert [kind for kind in KINDS if _accepts(kind, path)] == [FOLDERS[path.parent.name]]
+    assert [kind for kind in KINDS if _accepts(kind, path)] == [_kind(path)]
 
 
 @pytest.mark.parametrize("path", FILES, ids=_name)
 def test_misspelt_key_is_answered_with_the_right_one(path: Path) -> None:
-    kind = FOLDERS[path.parent.name]
+    kind = _kind(path)
     key = max(yaml.safe_load(path.read_text()), key=len)
     misspelt = key[:-1] + "x"
     with pytest.raises(ConfigError, match=f"unknown key '{misspelt}'.*did you mean '{key}'"):
@@ -62,6 +68,8 @@ def test_offline_pipeline_needs_no_paths() -> None:
         load_config(TeacherConfig, CONFIG_ROOT / "teacher" / f"{base.teacher}.yaml").name
         == base.teacher
     )
+    opd = load_config(OPDConfig, CONFIG_ROOT / "opd.yaml")
+    assert (opd.dataset, opd.init_from.run, opd.teacher.name) == (data.out, base.run, base.teacher)
 
 
 def test_locked_student_is_the_one_of_the_document() -> None:

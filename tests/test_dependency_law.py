@@ -31,6 +31,8 @@ TRAINER_MAY_TAKE = {
         "scoring_client",
         "rollout",
         "rollouts",
+        "rollout_reader",
+        "rollout_write",
         "harmony_grammar",
         "prompts",
     ]

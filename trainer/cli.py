@@ -19,6 +19,7 @@ def main() -> None:
       vpmoe-train kd configs/demo.yaml
       vpmoe-train kd configs/base.yaml optimizer.lr=2e-4 run=runs/lr2e-4
       torchrun --nproc-per-node 8 --no-python vpmoe-train kd configs/base.yaml
+      vpmoe-train opd configs/opd.yaml init_from.run=runs/base
       vpmoe-train eval runs/demo
       vpmoe-train params configs/base.yaml
     """
@@ -43,6 +44,26 @@ def kd(config: Path, overrides: tuple[str, ...]) -> None:
     from trainer.kd import run_kd
 
     run_kd(load_config(KDConfig, config, overrides))
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+def opd(config: Path, overrides: tuple[str, ...]) -> None:
+    """Distil on-policy: the student samples, the teacher at `teacher.url` scores. Run again, it goes on.
+
+    \b
+    The teacher is a `vpmoe-data serve`; its token is read from $VPMOE_TOKEN. Examples:
+      vpmoe-train opd configs/demo-opd.yaml
+      vpmoe-train opd configs/opd.yaml init_from.run=runs/stage2 teacher.url=http://teacher:8765
+      torchrun --nproc-per-node 7 --no-python vpmoe-train opd configs/opd.yaml
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from common.config import load_config
+    from trainer.opd.config import OPDConfig
+    from trainer.opd.run import run_opd
+
+    run_opd(load_config(OPDConfig, config, overrides))
 
 
 @main.command("eval")

@@ -33,7 +33,6 @@ from common.provenance import git_sha
 from datastore.harmony import RenderConfig
 from datastore.manifest import DatasetManifest, load_dataset_manifest
 from trainer.checkpoints import Progress, find_checkpoint, read_checkpoint
-from trainer.config import KDConfig
 from trainer.export_card import model_card
 from trainer.export_names import (
     CODE_FILES,
@@ -45,6 +44,7 @@ from trainer.export_names import (
     require_complete,
 )
 from trainer.export_tokenizer import chat_template, fast_tokenizer, tokenizer_config
+from trainer.opd.config import parse_run_config
 from trainer.student_config import StudentConfig
 
 VERSION = 1
@@ -77,7 +77,7 @@ def run_export(
         )
     checkpoint = find_checkpoint(run / "checkpoints", step)
     progress, _ = read_checkpoint(checkpoint)
-    config = parse_config(KDConfig, progress.provenance["config"], f"{checkpoint}: config")
+    config = parse_run_config(progress.provenance["config"], f"{checkpoint}: config")
     manifest = _manifest_of(dataset or Path(config.dataset), progress)
     dtype = dtype or config.precision
     folder = out or run / "exports" / f"{checkpoint.name}-{dtype}"

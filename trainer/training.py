@@ -88,6 +88,13 @@ class TrainingRun(ABC):
     def step_line(self, step: int, values: dict[str, float]) -> str:
         """A step as people read it."""
 
+    def eval_line(self, step: int, values: dict[str, float]) -> str:
+        """An evaluation as people read it."""
+        return eval_line(step, values)
+
+    def finish(self, feed: Feed, watch: Watch) -> None:  # noqa: B027 (nothing, unless a kind of run has something)
+        """What is left to do after the last step."""
+
     def train(self, watch: Watch) -> None:
         """The loop. A step ends by its report or by a RunStopped, which every rank raises and which loses nothing."""
         start, stored = self._start()
@@ -97,6 +104,7 @@ class TrainingRun(ABC):
         watch.finished(start)
         try:
             self._steps(start, feed, log, watch)
+            self.finish(feed, watch)
         finally:
             feed.close()
             log.close()
@@ -164,7 +172,7 @@ class TrainingRun(ABC):
     def _evaluate(self, step: int, feed: Feed, log: RunLog, watch: Watch) -> None:
         watch.phase(f"evaluation at step {step}")
         values = self.evaluate(feed, watch)
-        log.write(step, values, eval_line(step, values))
+        log.write(step, values, self.eval_line(step, values))
 
     def _save(self, step: int, feed: Feed, *, wait: bool = False) -> SaveReport | None:
         progress = Progress(step=step, stream=feed.state(), provenance=self.provenance)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from common.config import Config
-from trainer.config import RunConfig
+from common.config import Config, parse_config
+from trainer.config import KDConfig, RunConfig
 from trainer.losses.policy import PolicyLossConfig
 
 
@@ -130,3 +130,8 @@ class OPDConfig(RunConfig):
             if not holds:
                 raise ValueError(rule)
         return self
+
+
+def parse_run_config(values: dict[str, Any], where: str) -> RunConfig:
+    """The config of a run of either kind, from plain values as a checkpoint holds them."""
+    return parse_config(OPDConfig if "sampling" in values else KDConfig, values, where)
