@@ -32,6 +32,12 @@ class Processes:
         """The lines that tell why it ended."""
         return [line for line in self.said().splitlines() if line.startswith("error: ")]
 
+    def error(self) -> str:
+        """The one line that tells why it ended."""
+        errors = self.errors()
+        assert len(errors) == 1, self.said()[-5000:]
+        return errors[0]
+
     def wait_until(self, holds: Callable[[], bool]) -> None:
         """Return as soon as it holds; fails when the command ends before."""
         deadline = time.monotonic() + _START_SEC

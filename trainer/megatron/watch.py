@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -224,20 +223,23 @@ class Watch:
         return f"nothing was finished for {seconds:.0f} s ({where})"
 
     def _stop(self, cause: str, *, stacks: bool = False) -> NoReturn:
-        # A process that has just stood still was the silent one: the others have told it.
+        line = f"error: {cause}; step {self._step} was the last finished; {self._advice()}.\n"
+        # A process that has just stood still, and is the last, was the silent one: the others have told it.
         just_woke = time.monotonic() - self._woke_at <= self._config.silent_sec
-        mute = just_woke and not self._alone and not stacks
-        if self._propose(stacks=stacks) and not mute:
-            line = f"error: {cause}; step {self._step} was the last finished; {self._advice()}.\n"
+        mute = just_woke and not self._alone and not self._peers.running(_dead)
+        told = self._propose(stacks=stacks) and not mute
+        if told:
             os.write(2, line.encode())
-        self._end()
+        self._end(late="" if told or mute else line)
 
-    def _end(self) -> NoReturn:
+    def _end(self, late: str = "") -> NoReturn:
+        """late: what to tell if this rank turns out to be the one after all, since the store was slow to answer."""
         if self._verdict and json.loads(self._verdict)["stacks"]:
-            os.write(2, f"rank {self._topology.rank} stands here:\n".encode())
-            faulthandler.dump_traceback(file=sys.__stderr__)
+            os.write(2, f"rank {self._topology.rank} stands here:\n".encode() + _stacks())
         if not self._alone:
             time.sleep(2 * self._beat_sec)  # until the others have read the verdict
+        if late and self._verdict and self._verdict == self._proposal:
+            os.write(2, late.encode())
         os._exit(1)
 
     def _propose(self, *, stacks: bool) -> bool:
@@ -247,7 +249,10 @@ class Watch:
             self._verdict = mine
             return True
         self._proposal = mine
-        deadline = time.monotonic() + 3 * self._beat_sec
+        # A store that was heard lately is slow, not lost: who gives up too early leaves a verdict that nobody tells.
+        lately = self._awake_sec - self._heard_sec <= 3 * self._beat_sec
+        patience = self._config.silent_sec if lately else 3 * self._beat_sec
+        deadline = time.monotonic() + patience
         while not self._verdict and self._lost is None and time.monotonic() < deadline:
             self._kick.set()
             time.sleep(0.05)
@@ -313,6 +318,14 @@ def _place() -> str:
     """Equal for processes that see each other's pids: one boot of one kernel, one pid namespace."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
+
+
+def _stacks() -> bytes:
+    """Where every thread of this process stands. Made whole in memory: ranks share stderr, and lines in pieces mix."""
+    with os.fdopen(os.memfd_create("stacks"), "w+b") as memory:
+        faulthandler.dump_traceback(file=memory)
+        memory.seek(0)
+        return memory.read()
 
 
 def _dead(beat: Beat) -> bool:
