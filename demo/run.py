@@ -34,7 +34,7 @@ COMMANDS = {
     "sample": f"python -m demo.sample --out {SOURCE} --rows {ROWS}",
     "build": "vpmoe-data build --manifest configs/data/demo.yaml",
     "verify rows": f"vpmoe-data verify {DATASET}",
-    "teacher": f"python -m demo.tiny_teacher --dataset {DATASET} --out {TEACHER} --steps 150",
+    "teacher": f"python -m demo.tiny_teacher --dataset {DATASET} --out {TEACHER} --steps 400",
     "score": f"vpmoe-data score --teacher tiny {DATASET}",
     "verify targets": f"vpmoe-data verify {DATASET}",
     "train": "vpmoe-train kd configs/demo.yaml",

@@ -80,6 +80,7 @@ class OPDEvalConfig(Config):
 
     every: int = Field(0, ge=0)
     prompts: PositiveInt
+    rollouts_per_prompt: PositiveInt = 1
 
 
 class SamplesConfig(Config):

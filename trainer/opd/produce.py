@@ -63,16 +63,12 @@ class Producer:
         return self._sampled(jobs, version, progress)
 
     def held_out(self, version: int, progress: Callable[[int], None]) -> list[Rollout]:
-        """One rollout of each held-out prompt, with the same random numbers every time, on rank 0."""
+        """Rollouts of each held-out prompt, with the same random numbers every time, on rank 0."""
+        config, mode = self._config.eval, self._data.render.reasoning
         jobs = [
-            self._job(
-                _HELD_OUT,
-                number,
-                0,
-                self._data.held_out.prompt(number),
-                self._data.render.reasoning,
-            )
-            for number in range(self._config.eval.prompts)
+            self._job(_HELD_OUT, number, sample, self._data.held_out.prompt(number), mode)
+            for number in range(config.prompts)
+            for sample in range(config.rollouts_per_prompt)
         ]
         return self._sampled(jobs, version, progress)
 
