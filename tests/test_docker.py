@@ -119,6 +119,8 @@ def test_on_policy_distillation_runs_beside_its_teacher(services: dict) -> None:
     teacher = server["command"][server["command"].index("--teacher") + 1]
     client = TeacherServerConfig(name=teacher, url=address)
     assert opd["environment"][client.token_env] == server["environment"][TOKEN_VARIABLE]
+    until_killed = int(opd["environment"]["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
+    assert until_killed < 60 * int(opd["stop_grace_period"].removesuffix("m"))
 
 
 def _option(command: str, name: str) -> str:

@@ -44,6 +44,16 @@ def test_no_path_secret_or_address_of_one_machine() -> None:
     assert found == []
 
 
+def test_documents_that_are_named_are_there() -> None:
+    named = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in _tracked()
+        for name in re.findall(r"\bdocs/[a-z_]+\.md\b", _text(path))
+        if not (ROOT / name).is_file()
+    }
+    assert named == set()
+
+
 def _code() -> list[Path]:
     return [path for path in _tracked() if path.suffix == ".py"]
 

@@ -29,7 +29,10 @@ from trainer.megatron.attention import CoreAttention, PackedRows
 
 
 class KVCache:
-    """Keys and values of every layer, allocated once: two tensors [B, G, L, D] a layer, by its number from 1."""
+    """Keys and values of every layer, allocated once: two tensors [B, G, L, D] a layer, by its number from 1.
+
+    In the dtype and on the device of the layer's sinks. longest: tokens of the longest document.
+    """
 
     def __init__(self, layers: Sequence[CoreAttention], slots: int, longest: int) -> None:
         self.slots, self.longest = slots, longest

@@ -67,8 +67,9 @@ class SamplingReport:
 class Sampler:
     """Samples with the weights that the student has at the time of the call.
 
-    student: the module itself, without its wrappers. grammar: when a rollout ends, and its spans. The cache is taken
-    from the device's memory once, here. report: of the last call. Raises ConfigError where `require_layout` does.
+    student: the module itself, without its wrappers. seq_len: tokens of the longest document, and of a prefilled row.
+    grammar: when a rollout ends, and its spans. The cache is taken from the device's memory once, here. report: of the
+    last call. Raises ConfigError where `require_layout` does.
     """
 
     def __init__(

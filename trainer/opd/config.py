@@ -61,7 +61,9 @@ class ModeMix(Config):
 
 
 class StageConfig(Config):
-    """A stage of the curriculum. until: it ends when this many tokens have been sampled, null for the last stage."""
+    """A stage of the curriculum. until: null for the last stage; of the others, sampled tokens of the whole run (all
+    ranks) after which no shard of this stage begins.
+    """
 
     until: PositiveInt | None = None
     modes: ModeMix

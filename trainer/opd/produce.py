@@ -48,7 +48,8 @@ class Producer:
     ) -> list[Rollout]:
         """The rollouts of a shard in order of prompt and sample, on rank 0; an empty list on the others.
 
-        version: optimizer steps that the weights have seen. progress: told how many of this rank's are done.
+        version: optimizer steps that the weights have seen. progress: told this rank's sampled tokens so far, often.
+        Raises what `Sampler.sample` does, and FormatError for a document that gives no prompt.
         """
         prompts_P = np.arange(plan.first_prompt, plan.first_prompt + plan.prompts)
         modes = self._curriculum.reasoning(self._config.curriculum[plan.stage], prompts_P)
@@ -63,7 +64,10 @@ class Producer:
         return self._sampled(jobs, version, progress)
 
     def held_out(self, version: int, progress: Callable[[int], None]) -> list[Rollout]:
-        """Rollouts of each held-out prompt, with the same random numbers every time, on rank 0."""
+        """Rollouts of each held-out prompt, with the same random numbers every time, on rank 0; else as `shard`.
+
+        Their number is that of the document in the valid split, their effort the dataset's own.
+        """
         config, mode = self._config.eval, self._data.render.reasoning
         jobs = [
             self._job(_HELD_OUT, number, sample, self._data.held_out.prompt(number), mode)
