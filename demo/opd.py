@@ -49,14 +49,14 @@ def main() -> None:
         console.print(f"[red]{', '.join(missing)} not there: run `make demo` first[/red]")
         sys.exit(2)
     shutil.rmtree(OPD_RUN, ignore_errors=True)
-    with _served(console) as url:
+    with served(console) as url:
         seconds = run_command(console, f"vpmoe-train opd configs/demo-opd.yaml teacher.url={url}")
     run_command(console, f"vpmoe-data verify {OPD_RUN}/buffer")
     _report(console, seconds)
 
 
 @contextlib.contextmanager
-def _served(console: Console) -> Iterator[str]:
+def served(console: Console) -> Iterator[str]:
     """The address of the tiny teacher, served until the block ends."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
