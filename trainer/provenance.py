@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from common.differences import difference_table, differences
@@ -43,6 +44,18 @@ def provenance(config: RunConfig, data: dict[str, str | None]) -> dict[str, Any]
 def provenance_hash(of_run: dict[str, Any]) -> str:
     """One name for a provenance: sha256 of its canonical JSON."""
     return sha256_bytes(canonical_json(of_run))
+
+
+def shaping(of_run: dict[str, Any]) -> dict[str, Any]:
+    """All of a provenance that shapes the weights: config but for FREE_KEYS, data, and the weights it began with."""
+    config = copy.deepcopy(of_run["config"])
+    for key in FREE_KEYS:
+        *groups, last = key.split(".")
+        values = config
+        for group in groups:
+            values = values.get(group) or {}
+        values.pop(last, None)
+    return {"config": config, "data": of_run["data"], "init_from": of_run["init_from"]}
 
 
 def require_same_run(stored: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from trainer.opd.samples import SampleLog
 from trainer.opd.scoring import Scoring
 from trainer.opd.teacher import TeacherLink, gate_documents
 from trainer.opd.together import work_of_first
+from trainer.provenance import shaping
 from trainer.run import RunLog, run_folder
 from trainer.training import TrainingRun, newest_step
 
@@ -147,15 +148,7 @@ class OPDRun(TrainingRun):
         return identity
 
     def _buffer(self, folder: Path) -> RolloutBuffer:
-        shaping = self.config.resolved()
-        keys = ("sampling", "curriculum", "seed", "staleness", "student", "init_from")
-        identity = {
-            **{key: shaping[key] for key in keys},
-            "rollouts": self.config.batch.rollouts,
-            "prompts": self.data.dataset.manifest.fingerprint,
-            "teacher": self.teacher,
-        }
-        identity["sampling"].pop("slots")  # how many at a time, not what
+        identity = {**shaping(self.provenance), "teacher": self.teacher}
         return RolloutBuffer.open(
             folder,
             identity,
