@@ -6,7 +6,14 @@ import pytest
 
 from common.errors import ResumeError
 from tests.trainer.megatron.tiny import STUDENT, tiny_config
-from trainer.provenance import changed_code, provenance, provenance_hash, require_same_run
+from trainer.provenance import (
+    FREE_KEYS,
+    changed_code,
+    provenance,
+    provenance_hash,
+    require_same_run,
+    shaping,
+)
 
 DATA = {"dataset": "d1", "tokenizer": "t", "targets": None}
 
@@ -24,6 +31,22 @@ def test_a_resume_may_change_what_shapes_no_weight() -> None:
         stored,
         provenance(tiny_config(batch={"global_batch_size": 8, "micro_batch_size": 4}), DATA),
     )
+
+
+def test_what_shapes_the_weights_leaves_out_what_is_free_and_nothing_else() -> None:
+    config = tiny_config()
+    of_run = provenance(config, DATA) | {"init_from": {"run": "runs/one", "step": 4}}
+    kept = shaping(of_run)
+    assert of_run["config"] == config.resolved(), "the provenance itself stays whole"
+    assert (kept["data"], kept["init_from"]) == (DATA, {"run": "runs/one", "step": 4})
+    gone = {key for key in of_run["config"] if key not in kept["config"]}
+    assert gone == {key for key in FREE_KEYS if key in of_run["config"]}
+    assert "micro_batch_size" not in kept["config"]["batch"]
+    assert kept["config"]["batch"]["global_batch_size"] == config.batch.global_batch_size
+    moved = tiny_config(run="elsewhere", log={"every": 5})
+    assert shaping(provenance(moved, DATA))["config"] == kept["config"]
+    other = tiny_config(seed=config.seed + 1)
+    assert shaping(provenance(other, DATA))["config"] != kept["config"]
 
 
 def test_another_run_is_refused_with_a_table() -> None:
