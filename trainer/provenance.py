@@ -51,10 +51,11 @@ def shaping(of_run: dict[str, Any]) -> dict[str, Any]:
     config = copy.deepcopy(of_run["config"])
     for key in FREE_KEYS:
         *groups, last = key.split(".")
-        values = config
+        values: Any = config
         for group in groups:
-            values = values.get(group) or {}
-        values.pop(last, None)
+            values = values.get(group) if isinstance(values, dict) else None
+        if isinstance(values, dict):  # `teacher` is a name in the config of an offline run
+            values.pop(last, None)
     return {"config": config, "data": of_run["data"], "init_from": of_run["init_from"]}
 
 
