@@ -21,7 +21,7 @@ import torch
 from common import logs
 from common.config import load_config, named_config
 from common.files import write_json
-from common.tokenizer import VOCAB_SIZE
+from common.tokenizer import FIRST_CONTROL_ID, VOCAB_SIZE
 from datastore.canary import canary_path, write_canary
 from datastore.canary_reference import make_reference
 from datastore.prompt import Prefix, ScoreRequest
@@ -35,6 +35,9 @@ LEARNING_RATE = 4e-3
 UNSEEN_MASS = 0.003
 # One: the operations are small, and two threads wait for each other ten times longer on a busy machine.
 THREADS = 1
+# Share of the text ids before a target that are exchanged at random in training, so that the teacher still knows how a
+# message goes on after text that no teacher would write: a student's own, in on-policy distillation.
+CORRUPTED = 0.2
 # Targets of the canary: nine documents of the demo.
 CANARY_TARGETS = 400
 
@@ -180,7 +183,8 @@ def _train(
     with logs.progress("tiny teacher", steps, "steps") as bar:
         for _ in range(steps):
             tokens_BT, target_BT = next(stream)
-            loss = compact_loss(compact_logprobs(model, tokens_BT, target_BT), target_BT)
+            read_BT = corrupted(tokens_BT, target_BT, seen_ids)
+            loss = compact_loss(compact_logprobs(model, read_BT, target_BT), target_BT)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -188,6 +192,16 @@ def _train(
             schedule.step()
             bar.advance(1)
     return float(loss.detach())
+
+
+def corrupted(
+    tokens_BT: torch.Tensor, target_BT: torch.Tensor, seen_ids: np.ndarray
+) -> torch.Tensor:
+    """Compact ids with CORRUPTED of the text ids before a target exchanged for others, drawn from torch's generator."""
+    num_text = int(np.searchsorted(seen_ids, FIRST_CONTROL_ID))
+    is_text_BT = (target_BT >= 0) & (tokens_BT < num_text)
+    exchange_BT = is_text_BT & (torch.rand(tokens_BT.shape) < CORRUPTED)
+    return torch.where(exchange_BT, torch.randint(num_text, tokens_BT.shape), tokens_BT)
 
 
 def compact_logprobs(model: Any, tokens_BT: torch.Tensor, target_BT: torch.Tensor) -> torch.Tensor:
