@@ -41,7 +41,7 @@ from tests.distributed.opd_runs import (
 )
 from tests.distributed.runs import records, run_program
 from tests.distributed.started import newest, plain, steps
-from tests.trainer.opd.served import NAME, ServerProcess
+from tests.trainer.opd.served import NAME, ServerProcess, free_port
 
 pytestmark = pytest.mark.slow
 TWO_STEPS = "steps=3"
@@ -252,6 +252,19 @@ def test_without_a_teacher_it_waits_and_goes_on(
     assert f"teacher {teacher.url} answers again" in said
     assert steps_told(run)[STEPS]["teacher/away_sec"] > 0
     assert_same_run(whole, run)
+
+
+def test_a_signal_ends_the_wait_for_a_teacher_that_never_came(tmp_path: Path) -> None:
+    config, run = write_opd_config(tmp_path, f"http://127.0.0.1:{free_port()}"), tmp_path / "run"
+    with plain(2, *opd_command(1, config, run)) as started:
+        started.wait_until(lambda: "does not answer" in started.said())
+        os.kill(started.pid(1), signal.SIGTERM)
+        assert started.codes(120) == [1, 1], started.said()[-4000:]
+        (error,) = started.errors()
+        print(error)
+        assert "Traceback" not in started.said()
+    assert error.startswith("error: stopped by SIGTERM to rank 1; run the same command to go on")
+    assert not (run / "checkpoints").exists() and not (run / "buffer").exists()
 
 
 def test_another_teacher_at_the_address_is_refused(folder: Path, config: Path) -> None:
