@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,8 @@ from trainer.provenance import provenance
 from trainer.run import RunLog, describe_run, eval_line, peak_memory_gib, utilisation
 from trainer.schedule import learning_rate
 from trainer.stops import RunStopped
+
+_Line = Callable[[int, dict[str, float]], str]
 
 
 class Feed(Protocol):
@@ -45,7 +48,7 @@ class Feed(Protocol):
         """Positions of the step that `next` gave, padding included, over all ranks."""
 
     def values(self) -> dict[str, float]:
-        """More of the step that `next` gave for the log."""
+        """More of the step that `next` gave for the log; other ranks than 0 may hold fewer."""
 
     def close(self) -> None:
         """The run is over."""
@@ -82,7 +85,7 @@ class TrainingRun(ABC):
 
     @abstractmethod
     def evaluate(self, feed: Feed, watch: Watch) -> dict[str, float]:
-        """Measures of an evaluation, `eval/...`, the same on every rank."""
+        """Measures of an evaluation, `eval/...`; other ranks than 0 may hold fewer."""
 
     @abstractmethod
     def step_line(self, step: int, values: dict[str, float]) -> str:
@@ -137,7 +140,7 @@ class TrainingRun(ABC):
             _note(self.writer.poll(), log)
             if done % config.log.every == 0 or done == config.steps:
                 values = self._values(report, feed, rate, time.perf_counter() - began)
-                log.write(done, values, self.step_line(done, values))
+                self._tell(done, values, log, self.step_line)
             if _due(done, self.eval_every, config.steps):
                 self._evaluate(done, feed, log, watch)
             if _due(done, config.checkpoint.every, config.steps):
@@ -172,7 +175,11 @@ class TrainingRun(ABC):
     def _evaluate(self, step: int, feed: Feed, log: RunLog, watch: Watch) -> None:
         watch.phase(f"evaluation at step {step}")
         values = self.evaluate(feed, watch)
-        log.write(step, values, self.eval_line(step, values))
+        self._tell(step, values, log, self.eval_line)
+
+    def _tell(self, step: int, values: dict[str, float], log: RunLog, line: _Line) -> None:
+        if self.topology.rank == 0:  # the others need not hold what a line is made of
+            log.write(step, values, line(step, values))
 
     def _save(self, step: int, feed: Feed, *, wait: bool = False) -> SaveReport | None:
         progress = Progress(step=step, stream=feed.state(), provenance=self.provenance)

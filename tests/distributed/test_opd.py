@@ -1,55 +1,74 @@
-"""OPD runs of the real command against a served teacher: to the end, killed, without a teacher, with another."""
+"""OPD runs of the real command against a served teacher: to the end, killed, without a teacher, with another.
+
+On CPU, deterministic: what is disturbed must end bit by bit as what is not.
+"""
 
 from __future__ import annotations
 
 import json
-import random
+import math
+import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from common.config import load_config
 from datastore.reader import Dataset, TargetStore
 from datastore.rollout_reader import RolloutReader
-from tests.distributed.opd_runs import STEPS, opd_command, train, write_opd_config
-from tests.distributed.runs import environment, records, run_program, steps_of
-from tests.distributed.started import plain
-from tests.distributed.stored import assert_same_tensors, newest
-from tests.trainer.opd.served import NAME, ServerProcess
-from trainer.opd.config import OPDConfig
-from trainer.opd.shards import anchors_before
+from tests.distributed.opd_runs import (
+    ANCHOR_SHARE,
+    ROLLOUTS,
+    STAGE_TOKENS,
+    STEPS,
+    SYNCHRONOUS,
+    SYNCHRONOUS_STEPS,
+    assert_same_run,
+    durable,
+    kd_config,
+    kill_while_it_samples,
+    opd_command,
+    steps_told,
+    train,
+    warm_up,
+    write_opd_config,
+)
+from tests.distributed.runs import records, run_program
+from tests.distributed.started import newest, plain, steps
+from tests.trainer.opd.served import NAME, ServerProcess, free_port
 
 pytestmark = pytest.mark.slow
-# Measures of a step that do not tell the time.
-_OF_TRAINING = (
-    "loss/total",
-    "grad_norm",
-    "lr",
-    "loss/reverse_kl/total",
-    "rollouts/valid",
-    "opd/tokens",
-)
+TWO_STEPS = "steps=3"
+# Float sums in another order, over a loss of which the parts cancel.
+SAME_STEP = 1e-4
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A served teacher made from the dataset of the runs."""
-    folder = tmp_path_factory.mktemp("opd")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All runs, and the dataset `data` that they and the teacher are made from."""
+    return tmp_path_factory.mktemp("opd")
+
+
+@pytest.fixture(scope="module")
+def teacher(folder: Path) -> Iterator[ServerProcess]:
+    """The served teacher of all runs."""
     process = ServerProcess("--dataset", str(folder / "data"))
-    process.folder = folder
     write_opd_config(folder, process.url)
     with process:
         yield process
 
 
 @pytest.fixture(scope="module")
-def config(teacher: ServerProcess) -> Path:
-    return teacher.folder / "opd.yaml"
+def config(folder: Path, teacher: ServerProcess) -> Path:
+    path = folder / "opd.yaml"
+    warm_up(path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -60,92 +79,155 @@ def whole(config: Path) -> Path:
     return run
 
 
-def _assert_same_run(one: Path, other: Path) -> None:
-    """The same weights, measures and rollouts, bit by bit."""
-    assert_same_tensors(newest(one / "checkpoints"), newest(other / "checkpoints"))
-    for name in _OF_TRAINING:
-        assert steps_of(one, name) == steps_of(other, name), name
-    first, second = (run / "buffer" for run in (one, other))
-    shards = sorted(path.relative_to(first) for path in first.rglob("*.arrow"))
-    assert (
-        shards
-        and [p for p in shards if (first / p).read_bytes() != (second / p).read_bytes()] == []
-    )
+@pytest.fixture(scope="module")
+def synchronous(config: Path) -> Path:
+    """The same of the synchronous loop."""
+    run = config.parent / "synchronous"
+    train(1, config, run, *SYNCHRONOUS)
+    return run
 
 
-def test_the_loop_does_what_the_config_says(config: Path, whole: Path) -> None:
-    loaded = load_config(OPDConfig, config)
-    buffer = RolloutReader.open_reader(whole / "buffer")
-    assert buffer.num_scored == buffer.num_sampled == STEPS
-    tokens, prompts, rows = 0, 0, 0
+def test_every_step_trains_the_shard_that_was_planned_for_it(
+    whole: Path, synchronous: Path
+) -> None:
+    for run, staleness, last in ((whole, 1, STEPS), (synchronous, 0, SYNCHRONOUS_STEPS)):
+        buffer, told = RolloutReader.open_reader(run / "buffer"), steps_told(run)
+        assert buffer.num_scored == buffer.num_sampled == last and list(told) == [
+            *range(1, last + 1)
+        ]
+        tokens = prompts = 0
+        stages, documents = set(), {}
+        for shard in range(last):
+            rollouts = buffer.rollouts(shard)
+            stage = int(tokens >= STAGE_TOKENS)
+            each = (1, 2)[stage]
+            order = [(prompts + n // each, n % each) for n in range(ROLLOUTS)]
+            assert [(rollout.prompt, rollout.sample) for rollout in rollouts] == order
+            assert {rollout.policy_version for rollout in rollouts} == {max(0, shard - staleness)}
+            assert {rollout.reasoning for rollout in rollouts} <= ({"low", "medium"}, {"high"})[
+                stage
+            ]
+            documents |= {rollout.prompt: rollout.doc_id for rollout in rollouts}
+            tokens += sum(len(rollout.logprobs_S) for rollout in rollouts)
+            prompts += ROLLOUTS // each
+            stages.add(stage)
+            assert told[shard + 1]["opd/tokens"] == tokens
+            assert told[shard + 1]["buffer/age"] == min(shard, staleness)
+            assert told[shard + 1]["buffer/depth"] == min(staleness + 1, last - shard)
+        assert stages == {0, 1}, "the second stage of the curriculum was reached"
+        # 21 train documents: no prompt comes twice before each has come once.
+        assert len(set(documents.values())) == len(documents) == prompts < 21
+
+
+def test_rows_of_the_anchor_are_their_share(folder: Path, whole: Path) -> None:
+    data = Dataset.open(folder / "data")
+    (trained,) = {int((data.row("train", index).spans_T > 0).sum()) for index in range(21)}
+    told, buffer = steps_told(whole), RolloutReader.open_reader(whole / "buffer")
+    share = Fraction(str(ANCHOR_SHARE))
+    rows = anchors = 0
     for shard in range(STEPS):
-        rollouts = buffer.rollouts(shard)
-        each = 1 if tokens < 150 else 2
-        order = [(prompts + n // each, n % each) for n in range(4)]
-        assert [(rollout.prompt, rollout.sample) for rollout in rollouts] == order
-        assert {rollout.policy_version for rollout in rollouts} == {max(0, shard - 1)}
-        tokens += sum(len(rollout.logprobs_S) for rollout in rollouts)
-        prompts += 4 // each
-        of_step = next(record for record in records(whole) if record["step"] == shard + 1)
-        assert of_step["opd/tokens"] == tokens
-        assert of_step["buffer/age"] == min(shard, 1)
-        before, rows = rows, rows + len(buffer.rows(shard))
-        share = loaded.anchor_share
-        anchors = anchors_before(rows, share) - anchors_before(before, share)
-        assert of_step["buffer/anchor_rows"] == anchors
-    assert tokens > 150, "the second stage of the curriculum was reached"
+        of_step = told[shard + 1]
+        rows += buffer.counts(shard).rows
+        before, anchors = anchors, math.floor(rows * share / (1 - share))
+        assert of_step["buffer/rows"] == buffer.counts(shard).rows
+        assert of_step["buffer/anchor_rows"] == anchors - before
+        for_anchor = sum(
+            of_step[f"loss/positions/{span}"] - of_step[f"loss/sampled/{span}"]
+            for span in ("reasoning", "final")
+        )
+        assert for_anchor == trained * (anchors - before)
+    assert anchors > STEPS
+
+
+def test_what_a_step_measured_is_told(whole: Path) -> None:
+    buffer, told = RolloutReader.open_reader(whole / "buffer"), steps_told(whole)
+    for shard in range(STEPS):
+        of_step, rollouts = told[shard + 1], buffer.rollouts(shard)
+        verdicts = [rollout.verdict for rollout in rollouts]
+        assert of_step["rollouts/valid"] == verdicts.count("valid") / ROLLOUTS
+        for verdict in set(verdicts):
+            share = of_step[f"rollouts/verdict/{verdict}"]
+            assert share == verdicts.count(verdict) / ROLLOUTS
+        for mode in {rollout.reasoning for rollout in rollouts}:
+            lengths = [len(r.logprobs_S) for r in rollouts if r.reasoning == mode]
+            assert of_step[f"rollouts/mode/{mode}"] == len(lengths)
+            assert of_step[f"rollouts/length/{mode}"] == sum(lengths) / len(lengths)
+        assert of_step["buffer/scored"] >= 1
+        assert of_step["seconds/sampling"] >= 0 and of_step["seconds/teacher"] >= 0
+    # Step 1 trains with the weights that sampled: its reverse KL is that of the stored logprobs.
+    for number, span in ((1, "reasoning"), (2, "final")):
+        gaps = [
+            scored.sampling_logprob_S[spans_S == number]
+            - scored.teacher_logprob_S[spans_S == number]
+            for rollout, scored in zip(buffer.rollouts(0), buffer.scored_tokens(0), strict=True)
+            for spans_S in [rollout.spans_T[rollout.spans_T > 0]]
+        ]
+        mean = float(np.concatenate(gaps).mean())
+        assert told[1][f"loss/reverse_kl/{span}"] == pytest.approx(mean, abs=1e-4)
+    evaluated = [record for record in records(whole) if "eval/valid" in record]
+    assert [record["step"] for record in evaluated] == [0, 4, STEPS]
+    assert all("eval/reverse_kl/total" in record for record in evaluated)
+    samples = [(of["step"], of["prompt"]) for of in _lines(whole / "samples.jsonl")]
+    first = [[rollout.prompt for rollout in buffer.rollouts(shard)][:2] for shard in (2, 5)]
+    assert samples == [(3, prompt) for prompt in first[0]] + [(6, prompt) for prompt in first[1]]
+
+
+def _lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
 def test_a_finished_buffer_is_a_dataset_that_verifies_and_trains(config: Path, whole: Path) -> None:
     buffer = whole / "buffer"
     store = TargetStore.open(Dataset.open(buffer), NAME)
-    assert store.scored_rows("train").size == store.dataset.num_rows("train")
+    assert store.scored_rows("train").size == store.dataset.num_rows("train") > 0
+    assert store.scored_rows("valid").size == store.dataset.num_rows("valid") > 0
     program = str(Path(sys.executable).with_name("vpmoe-data"))
-    done = subprocess.run([program, "verify", str(buffer)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    kd = config.parent / "replay.yaml"
-    shared = load_config(OPDConfig, config).resolved()
-    for key in ("sampling", "curriculum", "anchor_share", "staleness", "samples"):
-        del shared[key]
-    kd.write_text(
-        json.dumps(
-            shared
-            | {
-                "run": str(config.parent / "replay"),
-                "dataset": str(buffer),
-                "teacher": NAME,
-                "steps": 2,
-                "batch": {"global_batch_size": 2, "micro_batch_size": 1},
-                "loss": {"kd_weight": 1.0, "chunk_tokens": 64},
-                "eval": {"every": 2},
-            }
-        )
+    verified = subprocess.run([program, "verify", str(buffer)], capture_output=True, text=True)
+    assert verified.returncode == 0, verified.stderr
+    replay = kd_config(
+        config,
+        "replay",
+        dataset=str(buffer),
+        teacher=NAME,
+        steps=2,
+        batch={"global_batch_size": 2, "micro_batch_size": 1},
+        loss={"kd_weight": 1.0, "chunk_tokens": 64},
+        eval={"every": 2},
     )
-    done = run_program(1, "kd", str(kd))
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_program(1, "kd", str(replay))
+    assert done.returncode == 0, done.stderr[-4000:]
+    told = steps_told(replay.with_suffix(""))
+    assert [of_step["loss/scored_share/total"] for of_step in told.values()] == [1, 1]
+
+
+def test_a_run_that_was_stopped_before_the_seal_is_sealed(config: Path, whole: Path) -> None:
+    run = config.parent / "unsealed"
+    shutil.copytree(whole, run)
+    (run / "buffer" / "manifest.json").unlink()
+    train(1, config, run)
+    assert_same_run(whole, run)
 
 
 def test_killed_at_random_moments_it_ends_as_if_never_stopped(config: Path, whole: Path) -> None:
     run = config.parent / "killed"
+    kept: dict = {}
     for _ in range(3):
-        process = subprocess.Popen(
-            opd_command(1, config, run),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=environment(),
-        )
-        before, deadline = _shards(run), time.monotonic() + 240
-        while _shards(run) == before and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
-        time.sleep(random.uniform(0, 1.5))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        kill_while_it_samples(config, run, STEPS)
+        kept |= durable(run)
     train(1, config, run)
-    _assert_same_run(whole, run)
+    assert_same_run(whole, run)
+    assert kept and kept.items() <= durable(run).items(), "nothing is sampled or scored again"
 
 
-def _shards(run: Path) -> int:
-    return len(list((run / "buffer" / "rollouts").rglob("*.json")))
+def test_the_synchronous_loop_killed_ends_as_if_never_stopped(
+    config: Path, synchronous: Path
+) -> None:
+    run = config.parent / "killed-synchronous"
+    kill_while_it_samples(config, run, SYNCHRONOUS_STEPS, *SYNCHRONOUS)
+    kept = durable(run)
+    train(1, config, run, *SYNCHRONOUS)
+    assert_same_run(synchronous, run)
+    assert kept and kept.items() <= durable(run).items()
 
 
 def test_without_a_teacher_it_waits_and_goes_on(
@@ -153,38 +235,84 @@ def test_without_a_teacher_it_waits_and_goes_on(
 ) -> None:
     run = config.parent / "waits"
     with plain(1, *opd_command(1, config, run)) as started:
-        started.wait_until(lambda: len(steps_of(run, "loss/total")) >= 2)
+        started.wait_until(lambda: steps(run) >= 2)
         teacher.kill()
         try:
+            buffer = RolloutReader.open_reader(run / "buffer")
             started.wait_until(lambda: "does not answer" in started.said())
-            done = len(steps_of(run, "loss/total"))
-            time.sleep(3)
-            assert len(steps_of(run, "loss/total")) <= done + 1
+            # All that was scored is trained, more is sampled: it can do nothing but wait.
+            started.wait_until(lambda: steps(run) == buffer.num_scored < buffer.num_sampled)
+            stalled = steps(run)
         finally:
             teacher.start()
         assert started.codes(240) == [0], started.said()[-4000:]
-    _assert_same_run(whole, run)
+        said = started.said()
+    assert stalled < STEPS
+    assert re.search(rf"teacher {teacher.url} does not answer for \d+ s \(.+\); waiting", said)
+    assert f"teacher {teacher.url} answers again" in said
+    assert steps_told(run)[STEPS]["teacher/away_sec"] > 0
+    assert_same_run(whole, run)
 
 
-def test_another_teacher_at_the_address_is_refused(teacher: ServerProcess, config: Path) -> None:
-    run = config.parent / "exchanged"
-    with plain(1, *opd_command(1, config, run)) as started:
-        started.wait_until(lambda: len(steps_of(run, "loss/total")) >= 2)
-        teacher.kill()
-        teacher.start("--weights", "second")
-        try:
+def test_a_signal_ends_the_wait_for_a_teacher_that_never_came(tmp_path: Path) -> None:
+    config, run = write_opd_config(tmp_path, f"http://127.0.0.1:{free_port()}"), tmp_path / "run"
+    with plain(2, *opd_command(1, config, run)) as started:
+        started.wait_until(lambda: "does not answer" in started.said())
+        os.kill(started.pid(1), signal.SIGTERM)
+        assert started.codes(120) == [1, 1], started.said()[-4000:]
+        (error,) = started.errors()
+        print(error)
+        assert "Traceback" not in started.said()
+    assert error.startswith("error: stopped by SIGTERM to rank 1; run the same command to go on")
+    assert not (run / "checkpoints").exists() and not (run / "buffer").exists()
+
+
+def test_another_teacher_at_the_address_is_refused(folder: Path, config: Path) -> None:
+    run = folder / "exchanged"
+    with ServerProcess("--dataset", str(folder / "data")) as other:
+        address = f"teacher.url={other.url}"
+        with plain(1, *opd_command(1, config, run, address)) as started:
+            started.wait_until(lambda: steps(run) >= 1)
+            other.kill()
+            other.start("--weights", "second")
             assert started.codes(240) == [1]
-            assert "another teacher" in "\n".join(started.errors()), started.said()[-4000:]
-            done = run_program(1, "opd", str(config), f"run={run}")
-            assert done.returncode == 1 and "teacher" in done.stderr
-        finally:
-            teacher.kill()
-            teacher.start()
+            (error,) = started.errors()
+        again = run_program(1, "opd", str(config), f"run={run}", address)
+    assert error.startswith(
+        f"error: {other.url} is another teacher than the one that this run began with"
+    )
+    assert f"step {newest(run)} is saved" in error and newest(run) < STEPS
+    assert again.returncode == 1
+    assert re.search(r"teacher  ([0-9a-f]{30,})\.\.\.  (?!\1)[0-9a-f]{30,}\.\.\.", again.stderr), (
+        again.stderr
+    )
+    assert "Traceback" not in again.stderr
 
 
-def test_two_processes_sample_and_train_like_one(config: Path, whole: Path) -> None:
-    run = config.parent / "two"
-    train(2, config, run)
-    for name in ("loss/total", "loss/reverse_kl/total", "opd/tokens"):
-        got, expected = dict(steps_of(run, name)), dict(steps_of(whole, name))
-        assert got[1] == pytest.approx(expected[1], rel=1e-4), name
+def test_two_processes_sample_and_train_like_one_and_stop_together(
+    config: Path, whole: Path
+) -> None:
+    two, stopped = config.parent / "two", config.parent / "two-stopped"
+    train(2, config, two, TWO_STEPS)
+    got, expected = (RolloutReader.open_reader(run / "buffer") for run in (two, whole))
+    for shard in (0, 1):  # both by the weights that the runs began with
+        for one, other in zip(got.rollouts(shard), expected.rollouts(shard), strict=True):
+            assert (one.prompt, one.sample) == (other.prompt, other.sample)
+            assert np.array_equal(one.tokens_T, other.tokens_T)
+            np.testing.assert_allclose(one.logprobs_S, other.logprobs_S, atol=1e-4)
+    for name in ("loss/total", "loss/reverse_kl/total", "grad_norm", "opd/tokens"):
+        assert steps_told(two)[1][name] == pytest.approx(steps_told(whole)[1][name], rel=SAME_STEP)
+
+    command = opd_command(1, config, stopped, TWO_STEPS)
+    with plain(2, *command) as started:
+        started.wait_until(lambda: steps(stopped) >= 1)
+        os.kill(started.pid(1), signal.SIGTERM)
+        assert started.codes(120) == [1, 1]
+        (error,) = started.errors()
+    done = steps(stopped)
+    assert error == (
+        f"error: stopped by SIGTERM to rank 1; step {done} is saved; run the same command to go on."
+    )
+    assert newest(stopped) == done < 3
+    train(2, config, stopped, TWO_STEPS)
+    assert_same_run(two, stopped)

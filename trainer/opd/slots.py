@@ -97,9 +97,15 @@ class Slots:
         self.taken = zeros()
 
     def clear(self) -> None:
-        """No rollout anywhere, nothing taken: also after a call that ended by an error."""
-        self.active_B.zero_()
-        self.taken.zero_()
+        """As it was made: no rollout anywhere, nothing taken, also after a call that ended by an error.
+
+        Slots without a rollout run along, and the experts multiply their rows together with the others': what they
+        hold decides the last bits of the rollouts beside them, so nothing of an earlier call may stay.
+        """
+        for values in (self.token_B, self.position_B, self.length_B, self.active_B, self.taken):
+            values.zero_()
+        for values in (self._key_B, self._state_B, self._limit_B, self._counts_B3):
+            values.zero_()
 
     def occupy(self, prompts: Sequence[tuple[int, SamplePrompt]], limits: Sequence[int]) -> None:
         """Start a rollout in each of the (free) slots; the prompts but their last tokens are in the cache."""

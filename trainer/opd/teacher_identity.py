@@ -59,7 +59,7 @@ def require_same(url: str, found: dict[str, Any], expected: dict[str, Any]) -> N
             f"{url} is another teacher than the one that this run began with",
             got=", ".join(f"{key} {shown(found.get(key))}" for key in wrong),
             expected=", ".join(f"{key} {shown(expected.get(key))}" for key in wrong),
-            remedy="start the server with that teacher, then run the same command to go on",
+            remedy="start the server with that teacher",
         )
 
 

@@ -64,6 +64,7 @@ def _in_process(_rank: int) -> dict[str, Any]:
             },
             "bf16": _against_training(fresh(precision="bf16"), sampler),
             "orders": _orders(fresh(), sampler),
+            "again": _again(fresh(), sampler),
             "frequencies": _frequencies(fresh(), sampler),
             "purity": _purity(fresh, sampler, "fp32") | _purity(fresh, sampler, "bf16"),
             "errors": _errors(fresh(), sampler),
@@ -98,6 +99,14 @@ def _orders(trainer: Any, sampler: Any) -> dict[str, list[Any]]:
         "as on cuda": coarse.sample(asked),
         "after others": (one.sample(prompts([11, 13], seed=5)), one.sample(asked))[1],
     }
+
+
+def _again(trainer: Any, sampler: Any) -> tuple[list[Any], list[Any]]:
+    """Fewer prompts than slots, as the first call and after one that has filled them all."""
+    one, few = sampler(trainer, slots=6), prompts(LENGTHS[:3])
+    first = one.sample(few)
+    one.sample(prompts(LENGTHS, seed=5))
+    return first, one.sample(few)
 
 
 def _frequencies(trainer: Any, sampler: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -265,6 +274,13 @@ def test_a_free_slot_is_filled_at_once(seen) -> None:
     assert result["told"] == sorted(result["told"])
     assert report.occupied == pytest.approx(tokens / (3 * report.steps))
     assert report.prefill_sec > 0 and report.decode_sec > 0
+
+
+def test_a_call_repeats_bit_by_bit_whatever_was_sampled_before(seen) -> None:
+    """A run that goes on after a stop has sampled less before: slots without a rollout must not remember it."""
+    for first, again in zip(*seen["again"], strict=True):
+        assert np.array_equal(first.tokens_S, again.tokens_S)
+        assert np.array_equal(first.logprobs_S, again.logprobs_S)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -41,11 +41,11 @@ def bigram_teacher(dataset: Path | None = None) -> BigramTeacher:
     """The teacher of a dataset's train split, or of `handmade_documents`."""
     if dataset is None:
         return BigramTeacher((d.tokens_T, d.spans_T) for d in handmade_documents())
-    from demo.tiny_teacher import (
-        documents_of,  # brings torch, which most tests' servers start without
+    data = Dataset.open(dataset)
+    rows = [data.row("train", index) for index in range(data.num_rows("train"))]
+    return BigramTeacher(
+        (row.tokens_T[where], row.spans_T[where]) for row in rows for where in row.documents()
     )
-
-    return BigramTeacher(documents_of(Dataset.open(dataset), "train"))
 
 
 def teacher_config(name: str = NAME, *overrides: str) -> TeacherConfig:
