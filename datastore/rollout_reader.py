@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common.errors import FormatError
 from datastore.codec import decode_blob
-from datastore.id_order import IdOrder
+from datastore.id_order import IdOrder, order_of_rows
 from datastore.manifest import MANIFEST_NAME, SampledCounts
 from datastore.rollout import Rollout, ScoredTokens
 from datastore.rollout_records import (
@@ -168,6 +168,12 @@ class RolloutReader:
             [tokens.row(index) for index in range(tokens.num_rows)],
             [own.rollout(index) for index in range(own.num_rows)],
         )
+
+    def first_order(self) -> IdOrder:
+        """The order of ids of all targets of this buffer: by the targets of its first shard."""
+        if self._order is None:
+            self._order = order_of_rows(self.read_shard("train", 0).rows)
+        return self._order
 
     def _id_order(self, record: ScoredRecord) -> IdOrder:
         if self._order is None or self._order.sha256 != record.id_order_sha256:
