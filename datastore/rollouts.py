@@ -52,7 +52,14 @@ from datastore.rollouts_seal import sealed
 from datastore.target import require_threshold
 from datastore.types import SPLITS, SparseTarget, Split
 
-__all__ = ["RolloutBuffer", "RolloutReader", "SampledCounts", "ScoredRow", "score_document"]
+__all__ = [
+    "RolloutBuffer",
+    "RolloutReader",
+    "SampledCounts",
+    "ScoredRow",
+    "TargetEncoder",
+    "score_document",
+]
 
 # A killed writer, and its encoder, hold the lock until the kernel has taken their memory back.
 _LOCK_WAIT_SEC = 2.0

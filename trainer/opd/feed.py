@@ -228,7 +228,8 @@ class OPDFeed:
             return {}
         shard = self.step
         rollouts = self.buffer.rollouts(shard)
-        ahead = sum(self.buffer.counts(number).tokens for number in range(shard, self._sampled))
+        later = range(shard + 1, self._sampled)
+        ahead = sum(self.buffer.counts(number).tokens for number in later)
         return rollout_values(rollouts, "rollouts") | {
             "buffer/depth": float(self._sampled - shard),
             "buffer/scored": float(self.buffer.num_scored - shard),

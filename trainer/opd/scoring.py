@@ -13,7 +13,7 @@ from functools import partial
 
 from datastore.rollout import Rollout
 from datastore.rollout_write import score_document
-from datastore.rollouts import RolloutBuffer
+from datastore.rollouts import TargetEncoder
 from datastore.types import SparseTarget
 from trainer.opd.teacher import TeacherLink
 
@@ -23,8 +23,9 @@ _HELD_OUT = -1  # stands where a shard's number does
 class Scoring:
     """The shards in flight at the teacher, and the held-out rollouts of an evaluation."""
 
-    def __init__(self, teacher: TeacherLink, buffer: RolloutBuffer) -> None:
-        self._teacher, self._encoder = teacher, buffer.encoder()
+    def __init__(self, teacher: TeacherLink, encoder: TargetEncoder) -> None:
+        """encoder: of the buffer that the shards are in."""
+        self._teacher, self._encoder = teacher, encoder
         self._sent: set[int] = set()
         self._storing: deque[tuple[int, Future[None]]] = deque()
         self._held_out: list[SparseTarget] | None = None
