@@ -1,5 +1,8 @@
 """Tokens/s of the rollout buffer on one core: append, add_targets, rows, of shards of the selected size.
 
+Then, with all cores, the processor time that storing the targets of a shard takes from the process that trains: at
+once, and by the buffer's encoder (`trainer_cpu_sec`, which bounds how long the interpreter is held).
+
     python -m benchmarks.rollouts --rollouts 256 --tokens 1000 --seq-len 4096
 
 Targets are those of a made-up teacher of 200 ids; their making is not timed. Prints the result as JSON.
@@ -128,6 +131,24 @@ def measure(folder: Path, shards: int, rollouts: int, tokens: int, seq_len: int)
     }
 
 
+def measure_encoder(folder: Path, rollouts: int, tokens: int, seq_len: int) -> dict[str, float]:
+    """Processor seconds of this process for the targets of one shard, stored at once and by the encoder."""
+    with RolloutBuffer.open(
+        folder, {}, seq_len=seq_len, slug="made", threshold=THRESHOLD
+    ) as buffer:
+        found, encoder = {}, buffer.encoder()
+        for shard in range(3):
+            buffer.append(made_rollouts(shard, rollouts, tokens))
+            targets, began = made_targets(buffer, shard), time.process_time()
+            if shard == 1:
+                buffer.add_targets(shard, targets)
+            else:  # the first of them is not counted
+                encoder.add_targets(shard, targets).result()
+            used = time.process_time() - began
+            found["at_once" if shard == 1 else "encoder"] = round(used, 3)
+    return found
+
+
 def _timed(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
@@ -141,10 +162,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1000)
     parser.add_argument("--seq-len", type=int, default=4096)
     args = parser.parse_args()
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
     with tempfile.TemporaryDirectory() as folder:
         found = measure(
             Path(folder) / "buffer", args.shards, args.rollouts, args.tokens, args.seq_len
+        )
+        os.sched_setaffinity(0, cores)
+        found["trainer_cpu_sec"] = measure_encoder(
+            Path(folder) / "beside", args.rollouts, args.tokens, args.seq_len
         )
     packages = ("numpy", "pyarrow", "zstandard")
     print(json.dumps(header(packages) | found, indent=2))

@@ -43,10 +43,10 @@ def load_config(cls: type[AnyConfig], path: Path, overrides: tuple[str, ...] = (
 
     Raises ConfigError naming the file, the key and the nearest valid key.
     """
-    raw = _read_mapping(Path(path))
+    raw = read_mapping(Path(path))
     for key, folder in cls.INCLUDES.items():
         if isinstance(raw.get(key), str):
-            raw[key] = _read_mapping(named_config(folder, raw[key]))
+            raw[key] = read_mapping(named_config(folder, raw[key]))
     return override_config(cls, raw, overrides, str(path))
 
 
@@ -84,7 +84,8 @@ def parse_config(cls: type[AnyConfig], raw: dict[str, Any], where: str) -> AnyCo
         raise ConfigError(f"{where}: " + "; ".join(faults)) from None
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The keys of a YAML file. Raises ConfigError when it is absent, no YAML or holds something else."""
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -118,7 +119,7 @@ def _apply_override(raw: dict[str, Any], override: str, cls: type[Config]) -> No
             raise ConfigError(f"override {key}: '{parent}' is a single value, not a group of keys")
         node = child
     if last in cls.INCLUDES and not parents and isinstance(value, str):
-        value = _read_mapping(named_config(cls.INCLUDES[last], value))
+        value = read_mapping(named_config(cls.INCLUDES[last], value))
     node[last] = value
 
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -16,6 +17,7 @@ from typing import BinaryIO
 from common.errors import ResumeError, VpmoeError
 
 _READ_BYTES = 1 << 22
+_LOCK_POLL_SEC = 0.1
 TMP_PREFIX = ".tmp-"
 
 
@@ -91,22 +93,33 @@ def sweep_temporaries(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def exclusive_lock(path: Path, purpose: str) -> Iterator[None]:
+def exclusive_lock(path: Path, purpose: str, *, wait_sec: float = 0.0) -> Iterator[int]:
     """Hold the lock file `path` for the block; the kernel frees it when the process dies, however it dies.
 
-    Raises ResumeError at once when another process holds it.
+    Gives the descriptor: a process that inherits it holds the lock too. Raises ResumeError when another process has
+    held it for wait_sec, which a killed one does until the kernel has taken its memory back.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + wait_sec
     with open(path, "a+") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ResumeError(
-                f"{purpose}: {path.parent} is being written by another process",
-                remedy="wait for it to end, or stop it, then run the same command again",
-            ) from None
-        yield
+        while not _locked(handle.fileno()):
+            if time.monotonic() >= deadline:
+                raise ResumeError(
+                    f"{purpose}: {path.parent} is being written by another process",
+                    remedy="wait for it to end, or stop it, then run the same command again",
+                )
+            time.sleep(_LOCK_POLL_SEC)
+        yield handle.fileno()
+
+
+def _locked(descriptor: int) -> bool:
+    """Take the lock unless another process has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from common.errors import FormatError
 from datastore.codec import decode_blob
-from datastore.id_order import IdOrder
+from datastore.id_order import IdOrder, order_of_rows
 from datastore.manifest import MANIFEST_NAME, SampledCounts
 from datastore.rollout import Rollout, ScoredTokens
 from datastore.rollout_records import (
@@ -97,19 +99,27 @@ class RolloutReader:
         """What to ask the teacher for, in the order of `rollouts`: `add_targets` takes the answers in that order."""
         return [score_document(rollout) for rollout in self.rollouts(shard)]
 
-    def rows(self, shard: int) -> list[ScoredRow]:
-        """The packed rows of a scored shard with their targets, decoded, and the logprobs of the sampled tokens."""
-        found, record = self.read_shard("train", shard), self.scored_record("train", shard)
-        where = {"target_id": record.target_id, "split": record.split, "shard": shard}
-        blobs = TargetShard(self.place.targets, record.entry, **where)
-        sampled = {
-            (one.row, one.document): tokens
-            for (one, _), tokens in zip(
-                found.rollouts, self._scored_tokens(found, record), strict=True
-            )
-        }
-        order, rows = self._id_order(record), []
-        for index, row in enumerate(found.rows):
+    def rows(self, shard: int, numbers: range | None = None) -> list[ScoredRow]:
+        """Packed rows of a scored shard with their targets, decoded, and the logprobs of the sampled tokens.
+
+        numbers: of the rows to read, all of them by default; `counts` says how many there are.
+        """
+        record, scored = self.sampled_record("train", shard), self.scored_record("train", shard)
+        tokens, own = self._shards(record)
+        wanted = range(tokens.num_rows) if numbers is None else numbers
+        exact, sampled = self._exact(scored), dict[tuple[int, int], ScoredTokens]()
+        for index in range(own.num_rows):
+            one, of = own.rollout(index)
+            if one.row in wanted:
+                sampled[one.row, one.document] = _scored(one, exact.logprobs(index, of))
+        where = {"target_id": scored.target_id, "split": scored.split, "shard": shard}
+        blobs, order = (
+            TargetShard(self.place.targets, scored.entry, **where),
+            self._id_order(scored),
+        )
+        rows = []
+        for index in wanted:
+            row = tokens.row(index)
             blob = blobs.blob(index, row.row_hash)
             if blob is None:
                 raise FormatError(f"{blobs.path} row {index} has no targets", expected="targets")
@@ -124,23 +134,16 @@ class RolloutReader:
 
     def scored_tokens(self, shard: int) -> list[ScoredTokens]:
         """Both logprobs of the sampled tokens of a scored shard, in the order of `rollouts`."""
-        found, record = self.read_shard("train", shard), self.scored_record("train", shard)
-        return self._scored_tokens(found, record)
-
-    def _scored_tokens(self, found: SampledShard, record: ScoredRecord) -> list[ScoredTokens]:
-        exact = LogprobShard(
-            self.place.logprobs,
-            record.logprobs,
-            target_id=record.target_id,
-            split=record.split,
-            shard=record.shard,
-        )
+        found = self.read_shard("train", shard)
+        exact = self._exact(self.scored_record("train", shard))
         return [
-            ScoredTokens(
-                sampling_logprob_S=one.logprobs_S, teacher_logprob_S=exact.logprobs(index, of)
-            )
+            _scored(one, exact.logprobs(index, of))
             for index, (one, of) in enumerate(found.rollouts)
         ]
+
+    def _exact(self, record: ScoredRecord) -> LogprobShard:
+        where = {"target_id": record.target_id, "split": record.split, "shard": record.shard}
+        return LogprobShard(self.place.logprobs, record.logprobs, **where)
 
     def sampled_record(self, split: Split, shard: int) -> SampledRecord:
         """The record of a sampled shard. Raises FormatError when it is absent, damaged or of another buffer."""
@@ -160,19 +163,34 @@ class RolloutReader:
     def read_shard(self, split: Split, shard: int) -> SampledShard:
         """A sampled shard of either split, every hash checked."""
         record = self.sampled_record(split, shard)
-        where = {"dataset_id": record.dataset_id, "split": split, "shard": shard}
-        tokens = TokenShard(self.folder, record.entry, **where, seq_len=self.buffer.seq_len)
-        own = RolloutShard(self.place.rollouts, record.rollouts, **where)
+        tokens, own = self._shards(record)
         return SampledShard(
             record,
             [tokens.row(index) for index in range(tokens.num_rows)],
             [own.rollout(index) for index in range(own.num_rows)],
         )
 
+    def _shards(self, record: SampledRecord) -> tuple[TokenShard, RolloutShard]:
+        where = {"dataset_id": record.dataset_id, "split": record.split, "shard": record.shard}
+        return (
+            TokenShard(self.folder, record.entry, **where, seq_len=self.buffer.seq_len),
+            RolloutShard(self.place.rollouts, record.rollouts, **where),
+        )
+
+    def first_order(self) -> IdOrder:
+        """The order of ids of all targets of this buffer: by the targets of its first shard."""
+        if self._order is None:
+            self._order = order_of_rows(self.read_shard("train", 0).rows)
+        return self._order
+
     def _id_order(self, record: ScoredRecord) -> IdOrder:
         if self._order is None or self._order.sha256 != record.id_order_sha256:
             self._order = IdOrder.read(self.place.targets, record.id_order_sha256)
         return self._order
+
+
+def _scored(one: StoredRollout, teacher_logprob_S: np.ndarray) -> ScoredTokens:
+    return ScoredTokens(sampling_logprob_S=one.logprobs_S, teacher_logprob_S=teacher_logprob_S)
 
 
 def _rollout(one: StoredRollout, row: PackedRow, documents: list[slice]) -> Rollout:

@@ -3,7 +3,7 @@
     buffer = RolloutBuffer.open(folder, identity, seq_len=4096, slug="gpt-oss-120b", threshold=1 / 50)
     shard = buffer.append(rollouts)                        # durable on return
     targets = client.score(buffer.score_documents(shard))  # the teacher
-    buffer.add_targets(shard, targets)                     # durable on return
+    buffer.add_targets(shard, targets)                     # durable on return; `encoder` does it beside the caller
     buffer.rows(shard)                                     # what the trainer takes, in any process: `open_reader`
     buffer.seal(teacher, prompts, held_out, its_targets)   # now `vpmoe-train kd dataset=FOLDER` reads it
 
@@ -23,7 +23,6 @@ from common.differences import difference_table, differences
 from common.errors import FormatError, ResumeError
 from common.files import canonical_json, exclusive_lock, full_disk_told, sweep_temporaries
 from datastore.container import FileEntry
-from datastore.id_order import IdOrder, order_of_rows
 from datastore.manifest import (
     MANIFEST_NAME,
     DatasetManifest,
@@ -41,22 +40,38 @@ from datastore.rollout_records import (
     read_record,
     write_record,
 )
-from datastore.rollout_write import score_document, write_sampled, write_scored
+from datastore.rollout_targets import (
+    AGAIN,
+    TargetEncoder,
+    add_targets,
+    require_open,
+    write_targets,
+)
+from datastore.rollout_write import score_document, write_sampled
 from datastore.rollouts_seal import sealed
 from datastore.target import require_threshold
 from datastore.types import SPLITS, SparseTarget, Split
 
-__all__ = ["RolloutBuffer", "RolloutReader", "SampledCounts", "ScoredRow", "score_document"]
+__all__ = [
+    "RolloutBuffer",
+    "RolloutReader",
+    "SampledCounts",
+    "ScoredRow",
+    "TargetEncoder",
+    "score_document",
+]
 
-_AGAIN = "free space and run the same command again: finished shards are kept"
+# A killed writer, and its encoder, hold the lock until the kernel has taken their memory back.
+_LOCK_WAIT_SEC = 2.0
 
 
 class RolloutBuffer(RolloutReader):
     """The one writer of a rollout buffer; holds its lock until `close`, or as a context manager."""
 
-    def __init__(self, folder: Path, buffer: BufferRecord, held: contextlib.ExitStack) -> None:
+    def __init__(self, folder: Path, buffer: BufferRecord, lock: int) -> None:
+        """lock: descriptor of the buffer's lock file, held."""
         super().__init__(folder, buffer)
-        self._held = held
+        self._lock, self._held = lock, contextlib.ExitStack()
 
     @classmethod
     def open(
@@ -79,10 +94,11 @@ class RolloutBuffer(RolloutReader):
         plain = json.loads(canonical_json(identity))
         buffer = BufferRecord(identity=plain, seq_len=seq_len, slug=slug, threshold=threshold)
         place = BufferPlace(Path(folder), slug)
-        with full_disk_told(place.folder, _AGAIN), contextlib.ExitStack() as stack:
-            stack.enter_context(exclusive_lock(place.work / "lock", "rollouts"))
+        with full_disk_told(place.folder, AGAIN), contextlib.ExitStack() as stack:
+            path = place.work / "lock"
+            lock = stack.enter_context(exclusive_lock(path, "rollouts", wait_sec=_LOCK_WAIT_SEC))
             _require_same_buffer(place.folder, buffer)
-            opened = cls(place.folder, buffer, contextlib.ExitStack())
+            opened = cls(place.folder, buffer, lock)
             opened._take_up()
             opened._held = stack.pop_all()
         return opened
@@ -93,9 +109,9 @@ class RolloutBuffer(RolloutReader):
         Raises FormatError for what is no rollout or longer than a row, VpmoeError when the disk is full (nothing is
         lost: append them again), ResumeError when the buffer is sealed.
         """
-        self._require_open()
+        require_open(self)
         shard = self.num_sampled
-        with full_disk_told(self.folder, _AGAIN):
+        with full_disk_told(self.folder, AGAIN):
             write_sampled(self.place, self.buffer, "train", shard, rollouts)
         return shard
 
@@ -106,9 +122,13 @@ class RolloutBuffer(RolloutReader):
         targets is left as it is. Raises AlignmentError when they are not those of the shard's tokens, FormatError,
         and VpmoeError and ResumeError as `append`.
         """
-        self._require_open()
-        if not self.is_scored(shard):
-            self._add_targets("train", shard, targets)
+        add_targets(self, shard, targets)
+
+    def encoder(self) -> TargetEncoder:
+        """A process that does `add_targets` beside this one, until `close`."""
+        encoder = TargetEncoder(self.folder, self._lock)
+        self._held.callback(encoder.close)
+        return encoder
 
     def seal(
         self,
@@ -130,14 +150,14 @@ class RolloutBuffer(RolloutReader):
                 load_target_manifest(self.folder, self.buffer.slug),
             )
         self._require_scored()
-        with full_disk_told(self.folder, _AGAIN):
+        with full_disk_told(self.folder, AGAIN):
             if held_out:
                 write_sampled(self.place, self.buffer, "valid", 0, held_out)
-                self._add_targets("valid", 0, held_out_targets)
+                write_targets(self, "valid", 0, held_out_targets)
             return sealed(self, teacher, prompts, ("train", "valid") if held_out else ("train",))
 
     def close(self) -> None:
-        """Give up the lock."""
+        """End the encoder, once what it has in hand is durable, and give up the lock."""
         self._held.close()
 
     def __enter__(self) -> RolloutBuffer:
@@ -145,25 +165,6 @@ class RolloutBuffer(RolloutReader):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _add_targets(self, split: Split, shard: int, targets: Sequence[SparseTarget]) -> None:
-        found = self.read_shard(split, shard)
-        with full_disk_told(self.folder, _AGAIN):
-            write_scored(
-                self.place,
-                self.buffer,
-                found.record,
-                found.rows,
-                found.rollouts,
-                targets,
-                self._first_order(),
-            )
-
-    def _first_order(self) -> IdOrder:
-        """The order of ids of all targets of this buffer: by the targets of its first shard."""
-        if self._order is None:
-            self._order = order_of_rows(self.read_shard("train", 0).rows)
-        return self._order
 
     def _take_up(self) -> None:
         """Sweep what a killed writer left, and look at the presence and size of every file that a record lists."""
@@ -206,12 +207,6 @@ class RolloutBuffer(RolloutReader):
                     _present(place.logprobs, scored.logprobs),
                 }
         return listed
-
-    def _require_open(self) -> None:
-        if self.is_sealed:
-            raise ResumeError(
-                f"{self.folder} is sealed: nothing can be added", remedy="start another buffer"
-            )
 
     def _require_scored(self) -> None:
         missing = [n for n in range(self.num_sampled) if not self.is_scored(n)]

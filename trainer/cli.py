@@ -73,16 +73,15 @@ def eval_(run: Path, overrides: tuple[str, ...]) -> None:
     """Evaluate the newest checkpoint of RUN, a run folder or the config of one, on the valid split.
 
     \b
-    Examples:
+    Of an OPD run too, as if it were one of `kd`: CE, and KL where its dataset has targets of its teacher. Examples:
       vpmoe-train eval runs/demo
       vpmoe-train eval configs/demo.yaml eval.rows=64
+      vpmoe-train eval runs/opd eval.rows=512
     """
-    from common.config import load_config
-    from trainer.config import KDConfig
+    from trainer.eval import load_eval_config
     from trainer.kd import run_eval
 
-    path = run / "config.yaml" if run.is_dir() else run
-    run_eval(load_config(KDConfig, path, overrides))
+    run_eval(load_eval_config(run / "config.yaml" if run.is_dir() else run, overrides))
 
 
 @main.command()

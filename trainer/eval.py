@@ -2,14 +2,47 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from trainer.config import KDConfig
+from common.config import load_config, override_config, read_mapping
+from datastore.manifest import MANIFEST_NAME, target_folder
+from trainer.config import KDConfig, RunConfig
 from trainer.data import RunData, valid_batches
 from trainer.losses.report import QUANTITIES, loss_metrics
 from trainer.megatron.step import Trainer
+from trainer.opd.config import OPDConfig, as_kd
+
+_LOG = logging.getLogger(__name__)
+
+
+def load_eval_config(path: Path, overrides: tuple[str, ...]) -> KDConfig:
+    """The config of an evaluation from that of a run of either kind; overrides are keys of a KD config.
+
+    The student of an OPD run is evaluated as if it had been distilled offline: against the targets of the run's teacher
+    where its dataset has them, else by cross entropy alone.
+    """
+    if "sampling" not in read_mapping(path):
+        return load_config(KDConfig, path, overrides)
+    config = load_config(OPDConfig, path)
+    teacher: str | None = config.teacher.name
+    if not (target_folder(Path(config.dataset), config.teacher.name) / MANIFEST_NAME).exists():
+        _LOG.info("%s has no targets of %s: cross entropy alone", config.dataset, teacher)
+        teacher = None
+    return override_config(KDConfig, as_kd(config, teacher), overrides, str(path))
+
+
+def evaluated_run(stored: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """The provenance that a checkpoint must have: `found`, that of the evaluation; of an OPD run what both have."""
+    if "sampling" not in stored["config"]:
+        return found
+    shared = {key: found["config"][key] for key in RunConfig.model_fields}
+    data = {key: found["data"][key] for key in ("dataset", "tokenizer")}
+    return {"config": stored["config"] | shared, "data": stored["data"] | data}
 
 
 def evaluate(

@@ -10,7 +10,7 @@ from typing import Any
 from common.files import write_json
 from trainer.config import KDConfig
 from trainer.data import Loader, RunData
-from trainer.eval import evaluate
+from trainer.eval import evaluate, evaluated_run
 from trainer.megatron.topology import Topology, check_run, distributed
 from trainer.megatron.watch import Watch
 from trainer.megatron.weights import load_weights
@@ -35,14 +35,18 @@ def run_kd(config: KDConfig) -> None:
 
 
 def run_eval(config: KDConfig) -> dict[str, float]:
-    """Evaluate the newest checkpoint of a run; rank 0 tells it and writes eval.json. All ranks return the same."""
+    """Evaluate the newest checkpoint of a run of either kind (trainer/eval.py, `load_eval_config`).
+
+    Rank 0 tells it and writes eval.json. All ranks return the same.
+    """
     check_run(config)
     with distributed(
         config.device, config.parallel, config.seed, deterministic=config.deterministic
     ) as topology:
         run = KDRun(config, topology)
         progress = load_weights(run.checkpoints, run.trainer.student)
-        require_same_run(progress.provenance, run.provenance)
+        stored = progress.provenance
+        require_same_run(stored, evaluated_run(stored, run.provenance))
         values = evaluate(run.trainer, run.data, config)
         if topology.rank == 0:
             write_json(run.folder / "eval.json", {"step": progress.step} | values)

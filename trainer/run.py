@@ -11,7 +11,6 @@ import contextlib
 import json
 import logging
 import resource
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from typing import Any
 import torch
 import yaml
 
-from common.errors import ResumeError
 from common.files import exclusive_lock, write_bytes, write_json
 from trainer.batch import CLASSES
 from trainer.config import RunConfig
@@ -31,23 +29,11 @@ _LOG = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def run_folder(folder: Path, rank: int) -> Iterator[None]:
-    """Hold the run's lock on rank 0 for the block.
-
-    Waits a little for it: a process that was killed holds its lock until the kernel has taken its memory back.
-    """
+    """Hold the run's lock on rank 0 for the block; one of a process that was killed is waited for."""
     if rank:
         yield
         return
-    with contextlib.ExitStack() as held:
-        deadline = time.monotonic() + _LOCK_WAIT_SEC
-        while True:
-            try:
-                held.enter_context(exclusive_lock(folder / ".lock", "vpmoe-train"))
-                break
-            except ResumeError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.2)
+    with exclusive_lock(folder / ".lock", "vpmoe-train", wait_sec=_LOCK_WAIT_SEC):
         yield
 
 

@@ -135,6 +135,24 @@ class OPDConfig(RunConfig):
         return self
 
 
+def as_kd(config: OPDConfig, teacher: str | None) -> dict[str, Any]:
+    """Values of the KD config whose evaluation is that of this run's student on the valid rows of its dataset.
+
+    teacher: slug of the dataset's targets, None for cross entropy alone.
+    """
+    values = config.resolved()
+    micro = config.batch.micro_batch_size
+    return {key: values[key] for key in RunConfig.model_fields} | {
+        "teacher": teacher,
+        "batch": {"global_batch_size": micro, "micro_batch_size": micro},
+        "loss": {
+            "kd_weight": float(teacher is not None),
+            "span_weights": values["loss"]["span_weights"],
+            "chunk_tokens": config.loss.chunk_tokens,
+        },
+    }
+
+
 def parse_run_config(values: dict[str, Any], where: str) -> RunConfig:
     """The config of a run of either kind, from plain values as a checkpoint holds them."""
     return parse_config(OPDConfig if "sampling" in values else KDConfig, values, where)

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from common.errors import ResumeError, VpmoeError
-from datastore.rollout import Rollout
+from datastore.rollout import Rollout, ScoredTokens
 from datastore.rollout_reader import RolloutReader
 from datastore.rollouts import RolloutBuffer
-from datastore.types import PackedRow, SparseTarget
+from datastore.types import DocTarget, PackedRow, SparseTarget
 from trainer.batch import Batch, make_batch
 from trainer.megatron.topology import Topology
 from trainer.megatron.watch import Watch
@@ -35,6 +35,7 @@ from trainer.opd.together import from_first
 STATE_VERSION = 1
 _POLL_SEC, _TELL_SEC = 0.05, 30.0
 _LOG = logging.getLogger(__name__)
+_FeedRow = tuple[PackedRow, list[DocTarget | None] | None, list[ScoredTokens] | None]
 
 
 class OPDFeed:
@@ -77,18 +78,16 @@ class OPDFeed:
 
     def next(self) -> list[Batch]:
         """This rank's micro-batches: rollouts, then rows of the anchor, then padding, cut in order over the ranks."""
-        rollout_rows = self.buffer.rows(self.step)
-        anchors = self._anchor_rows(len(rollout_rows))
-        rows = [(row.row, row.documents, row.sampled) for row in rollout_rows]
-        rows += [(row, None, None) for row in anchors]
-        micro = self.config.batch.micro_batch_size
-        unit = micro * self.topology.dp_size
-        rows += [(_padding(self.data.seq_len), None, None)] * (-len(rows) % unit)
-        self._rows = len(rows)
-        mine = len(rows) // self.topology.dp_size
+        rollout_rows = self.buffer.counts(self.step).rows
+        anchors = self._anchors(rollout_rows)
+        micro, ranks = self.config.batch.micro_batch_size, self.topology.dp_size
+        whole = rollout_rows + len(anchors)
+        self._rows = whole + -whole % (micro * ranks)
+        mine = self._rows // ranks
         first = self.topology.dp_rank * mine
-        parts = [rows[start : start + micro] for start in range(first, first + mine, micro)]
-        self._log_values = self._shard_values(len(rollout_rows), len(anchors))
+        rows = self._read(range(first, first + mine), rollout_rows, anchors)
+        parts = [rows[start : start + micro] for start in range(0, mine, micro)]
+        self._log_values = self._shard_values(rollout_rows, len(anchors))
         return [make_batch(*zip(*part, strict=True)).to(self.topology.device) for part in parts]
 
     def finished(self) -> None:
@@ -201,18 +200,36 @@ class OPDFeed:
             if not self.buffer.is_scored(shard) and not self.scoring.sent(shard):
                 self.scoring.send(shard, self.buffer.rollouts(shard))
 
-    def _anchor_rows(self, rollout_rows: int) -> list[PackedRow]:
+    def _anchors(self, rollout_rows: int) -> range:
+        """Numbers of the step's anchor rows, in their endless order."""
         share = self.config.anchor_share
         first = anchors_before(self._rollout_rows, share)
-        last = anchors_before(self._rollout_rows + rollout_rows, share)
-        return [self.data.anchor(number) for number in range(first, last)]
+        return range(first, anchors_before(self._rollout_rows + rollout_rows, share))
+
+    def _read(self, numbers: range, rollout_rows: int, anchors: range) -> list[_FeedRow]:
+        """The rows of the step with these numbers, and no others: `numbers` of rollouts, anchors and padding."""
+        whole = rollout_rows + len(anchors)
+        scored = range(numbers.start, min(numbers.stop, rollout_rows))
+        rows: list[_FeedRow] = [
+            (row.row, row.documents, row.sampled)
+            for row in (self.buffer.rows(self.step, scored) if scored else [])
+        ]
+        for number in range(numbers.start + len(rows), numbers.stop):
+            row = (
+                self.data.anchor(anchors[number - rollout_rows])
+                if number < whole
+                else _padding(self.data.seq_len)
+            )
+            rows.append((row, None, None))
+        return rows
 
     def _shard_values(self, rollout_rows: int, anchor_rows: int) -> dict[str, float]:
         if self.scoring is None:
             return {}
         shard = self.step
         rollouts = self.buffer.rollouts(shard)
-        ahead = sum(self.buffer.counts(number).tokens for number in range(shard + 1, self._sampled))
+        later = range(shard + 1, self._sampled)
+        ahead = sum(self.buffer.counts(number).tokens for number in later)
         return rollout_values(rollouts, "rollouts") | {
             "buffer/depth": float(self._sampled - shard),
             "buffer/scored": float(self.buffer.num_scored - shard),

@@ -96,7 +96,7 @@ class OPDRun(TrainingRun):
             self.data,
             self._producer,
             writer[0] if first else RolloutReader.open_reader(folder),
-            Scoring(self._link, writer[0]) if self._link else None,
+            Scoring(self._link, writer[0].encoder()) if self._link else None,
             SampleLog(self.folder, log, resumed_step=stored["step"] if stored else 0)
             if first
             else None,

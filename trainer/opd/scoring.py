@@ -1,12 +1,19 @@
-"""Rank 0's way from sampled shards to targets: rollouts to the teacher, its answers into the buffer."""
+"""Rank 0's way from sampled shards to targets: rollouts to the teacher, its answers into the buffer.
+
+The thread of the teacher's link gives each answer to the buffer's encoder, a process of its own: targets become durable
+while the main thread trains, and it only hears how that went.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future
+from functools import partial
 
 from datastore.rollout import Rollout
 from datastore.rollout_write import score_document
-from datastore.rollouts import RolloutBuffer
+from datastore.rollouts import TargetEncoder
 from datastore.types import SparseTarget
 from trainer.opd.teacher import TeacherLink
 
@@ -16,33 +23,39 @@ _HELD_OUT = -1  # stands where a shard's number does
 class Scoring:
     """The shards in flight at the teacher, and the held-out rollouts of an evaluation."""
 
-    def __init__(self, teacher: TeacherLink, buffer: RolloutBuffer) -> None:
-        self._teacher, self._buffer = teacher, buffer
+    def __init__(self, teacher: TeacherLink, encoder: TargetEncoder) -> None:
+        """encoder: of the buffer that the shards are in."""
+        self._teacher, self._encoder = teacher, encoder
         self._sent: set[int] = set()
+        self._storing: deque[tuple[int, Future[None]]] = deque()
         self._held_out: list[SparseTarget] | None = None
 
     def sent(self, shard: int) -> bool:
-        """Whether the shard is on its way."""
+        """Whether the shard is on its way to the teacher or into the buffer."""
         return shard in self._sent
 
     def send(self, shard: int, rollouts: Sequence[Rollout]) -> None:
         """Hand a shard to the teacher's thread."""
         self._sent.add(shard)
-        self._teacher.submit(shard, [score_document(rollout) for rollout in rollouts])
+        documents = [score_document(rollout) for rollout in rollouts]
+        self._teacher.submit(shard, documents, partial(self._encoder.add_targets, shard))
 
     def send_held_out(self, rollouts: Sequence[Rollout]) -> None:
         """Hand over the rollouts of an evaluation, one at a time."""
         self._held_out = None
-        self.send(_HELD_OUT, rollouts)
+        self._teacher.submit(_HELD_OUT, [score_document(rollout) for rollout in rollouts])
 
     def collect(self) -> None:
-        """Put what the teacher has answered into the buffer. Raises what its thread met."""
+        """Take what is done. Raises what the teacher's thread or the encoder met."""
         while (answer := self._teacher.take()) is not None:
-            shard, targets = answer
+            shard, made = answer
             if shard == _HELD_OUT:
-                self._held_out = targets
+                self._held_out = made
             else:
-                self._buffer.add_targets(shard, targets)
+                self._storing.append((shard, made))
+        while self._storing and self._storing[0][1].done():
+            shard, stored = self._storing.popleft()
+            stored.result()
             self._sent.discard(shard)
 
     def held_out(self) -> list[SparseTarget] | None:
@@ -51,7 +64,8 @@ class Scoring:
 
     def trouble(self) -> str | None:
         """Why nothing comes, for people."""
-        return self._teacher.trouble()
+        storing = f"shard {self._storing[0][0]} is being stored" if self._storing else None
+        return self._teacher.trouble() or storing
 
     def values(self) -> dict[str, float]:
         """What the teacher has done since this process began: teacher/documents, /tokens, /request_sec, /away_sec."""
@@ -64,5 +78,5 @@ class Scoring:
         }
 
     def close(self) -> None:
-        """Let go of the teacher."""
+        """Let go of the teacher; the encoder ends with the buffer."""
         self._teacher.close()

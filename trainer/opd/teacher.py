@@ -85,7 +85,7 @@ class TeacherLink:
         self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = (
             queue.SimpleQueue()
         )
-        self._shards: deque[tuple[int, Future[list[SparseTarget]]]] = deque()
+        self._shards: deque[tuple[int, Future[Any]]] = deque()
         self._closed = threading.Event()
         self._trouble = _Trouble(self._client.url)
         self._figures = LinkFigures()
@@ -127,18 +127,28 @@ class TeacherLink:
         require_aligned(report)
         return report
 
-    def submit(self, shard: int, documents: list[ScoreDocument]) -> None:
-        """Hand over the rollouts of a shard. Shards are scored in the order they come. Raises FormatError."""
+    def submit(
+        self,
+        shard: int,
+        documents: list[ScoreDocument],
+        then: Callable[[list[SparseTarget]], Any] | None = None,
+    ) -> None:
+        """Hand over the rollouts of a shard. Shards are scored in the order they come. Raises FormatError.
+
+        then: called with the targets as soon as they are there, in the thread of the link, which it must not keep long;
+        `take` gives what it returns.
+        """
         for number, document in enumerate(documents):
             try:
                 document.positions()
             except FormatError as error:
                 raise FormatError(f"shard {shard}, rollout {number}: {error}") from None
-        work = partial(self._score_shard, shard, documents)
+        work = partial(self._score_shard, shard, documents, then)
         self._shards.append((shard, self._call(work)))
 
-    def take(self) -> tuple[int, list[SparseTarget]] | None:
-        """The oldest shard handed over, with one target a document in its order; None while it is not scored.
+    def take(self) -> tuple[int, Any] | None:
+        """The oldest shard handed over, with list[SparseTarget], one a document in its order, or what `then` made of
+        them; None while it is not scored.
 
         Raises AlignmentError when another teacher answers, ConfigError (refused, as for another token), EngineError
         naming a rollout that the teacher cannot score.
@@ -216,10 +226,15 @@ class TeacherLink:
                 _LOG.warning("teacher %s: %s is %s, it was %s", self._client.url, key, now, was)
         self._served, self._is_asked = served, True
 
-    def _score_shard(self, shard: int, documents: list[ScoreDocument]) -> list[SparseTarget]:
+    def _score_shard(
+        self,
+        shard: int,
+        documents: list[ScoreDocument],
+        then: Callable[[list[SparseTarget]], Any] | None,
+    ) -> Any:
         targets = self._score(f"shard {shard}, rollout", documents)
         self._figures = replace(self._figures, shards=self._figures.shards + 1)
-        return targets
+        return targets if then is None else then(targets)
 
     def _score(self, name: str, documents: list[ScoreDocument]) -> list[SparseTarget]:
         """Targets of all documents. Those of a request that fails by one of them are asked for one by one.

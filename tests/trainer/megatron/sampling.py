@@ -9,7 +9,8 @@ import torch
 
 from datastore.harmony_grammar import Verdict
 from datastore.types import SPAN_FINAL, SPAN_REASONING
-from tests.trainer.megatron.tiny import STUDENT, VOCAB, in_vocabulary, tiny_config
+from tests.trainer.megatron.tiny import VOCAB, in_vocabulary
+from tests.trainer.opd import configs
 from tests.trainer.packed import pack
 from trainer.batch import make_batch
 from trainer.opd.config import OPDConfig
@@ -20,18 +21,12 @@ CLOSING, RETURNING = range(20), range(20, 40)
 
 def opd_config(*, slots: int = 3, caps: tuple[int, int] = (18, 18), **changes: Any) -> OPDConfig:
     """An OPD config of the tiny student on CPU; keyword arguments replace top-level keys."""
-    shared = tiny_config().model_dump()
-    shared = {name: shared[name] for name in OPDConfig.model_fields if name in shared}
-    values = shared | {
-        "teacher": {"name": "tiny", "url": "http://localhost:1"},
+    values = {
         "sampling": {"slots": slots, "max_reasoning": caps[0], "max_final": caps[1]},
         "curriculum": [{"modes": {"low": 1, "medium": 0, "high": 0}}],
         "batch": {"rollouts": 4, "micro_batch_size": 2},
-        "eval": {"prompts": 2},
-        "loss": {},
-        "student": STUDENT,
     }
-    return OPDConfig.model_validate(values | changes)
+    return configs.opd_config(**(values | changes))
 
 
 def grammar() -> Grammar:
