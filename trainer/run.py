@@ -48,16 +48,20 @@ def describe_run(
 
 
 class RunLog:
-    """metrics.jsonl, TensorBoard and one line for people; on ranks other than 0 it does nothing."""
+    """metrics.jsonl, TensorBoard and one line for people; on ranks other than 0 it does nothing.
+
+    is_evaluated: on rank 0, whether the step that the run goes on from has its evaluation in the log; elsewhere False.
+    """
 
     def __init__(self, folder: Path, rank: int, *, resumed_step: int) -> None:
-        self._active = rank == 0
+        self._active, self.is_evaluated = rank == 0, False
         if not self._active:
             return
         from torch.utils.tensorboard import SummaryWriter
 
         path = folder / "metrics.jsonl"
         keep_until(path, resumed_step)
+        self.is_evaluated = _is_evaluated(path, resumed_step)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
 
@@ -95,6 +99,13 @@ def keep_until(path: Path, step: int) -> None:
             if step and json.loads(line)["step"] <= step:
                 kept.append(line + b"\n")
     write_bytes(path, b"".join(kept))
+
+
+def _is_evaluated(path: Path, step: int) -> bool:
+    if not path.is_file():
+        return False
+    records = [json.loads(line) for line in path.read_bytes().splitlines()]
+    return any(r["step"] == step and any(key.startswith("eval/") for key in r) for r in records)
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -117,8 +117,8 @@ class TrainingRun(ABC):
         if self.load_sec is not None:
             line = f"loaded in {self.load_sec:.1f} s, going on from step {start} of {config.steps}"
             log.write(start, {"checkpoint/load_sec": self.load_sec}, line)
-        if start == 0 and self.eval_every:
-            self._evaluate(0, feed, log, watch)
+        if self._evaluation_missing(start, log):
+            self._evaluate(start, feed, log, watch, saved=True)
         for step in range(start, config.steps):
             clock = Clock(self.topology.device)
             began = time.perf_counter()
@@ -172,10 +172,25 @@ class TrainingRun(ABC):
         _, self.load_sec = resume(self.checkpoints, self.trainer)
         return stored.step, stored.stream
 
-    def _evaluate(self, step: int, feed: Feed, log: RunLog, watch: Watch) -> None:
+    def _evaluate(
+        self, step: int, feed: Feed, log: RunLog, watch: Watch, *, saved: bool = False
+    ) -> None:
         watch.phase(f"evaluation at step {step}")
-        values = self.evaluate(feed, watch)
+        try:
+            values = self.evaluate(feed, watch)
+        except (
+            RunStopped
+        ) as stop:  # the evaluation is made when the run goes on: see `_evaluation_missing`
+            watch.phase("saving where it stopped")
+            raise stop.at(self._kept(stop, step, feed, saved)) from None
         self._tell(step, values, log, self.eval_line)
+
+    def _evaluation_missing(self, start: int, log: RunLog) -> bool:
+        """Whether the run begins with an evaluation: the first, or one that a stop has cut off."""
+        due = (
+            bool(self.eval_every) if start == 0 else _due(start, self.eval_every, self.config.steps)
+        )
+        return due and not self.topology.from_first(log.is_evaluated)
 
     def _tell(self, step: int, values: dict[str, float], log: RunLog, line: _Line) -> None:
         if self.topology.rank == 0:  # the others need not hold what a line is made of

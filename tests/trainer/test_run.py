@@ -33,6 +33,21 @@ def test_records_after_the_resumed_step_are_dropped(tmp_path) -> None:
     assert _steps(tmp_path) == [0, 1, 2, 3, 4, 5, 6]
 
 
+def test_a_log_knows_whether_the_step_it_goes_on_from_is_evaluated(tmp_path) -> None:
+    log = RunLog(tmp_path, 0, resumed_step=0)
+    assert not log.is_evaluated
+    for step in (1, 2, 3):
+        log.write(step, {"loss/total": 1.0}, "line")
+    log.write(2, {"eval/ce/final": 1.0}, "line")
+    log.close()
+    found = {}
+    for step in (3, 2):  # the later first: what follows a step is dropped
+        again = RunLog(tmp_path, 0, resumed_step=step)
+        found[step] = again.is_evaluated
+        again.close()
+    assert found == {3: False, 2: True}
+
+
 def test_a_run_without_a_checkpoint_begins_its_records_again(tmp_path) -> None:
     _log(tmp_path, 0, range(0, 3))
     _log(tmp_path, 0, range(0, 2))

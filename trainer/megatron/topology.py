@@ -7,7 +7,7 @@ import datetime
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from common.errors import ConfigError, EngineError
 from trainer.config import ParallelConfig, RunConfig
 
 Device = Literal["cpu", "cuda"]
+Value = TypeVar("Value")
 _TIMEOUT = datetime.timedelta(minutes=30)
 
 
@@ -50,6 +51,14 @@ class Topology:
     def barrier(self) -> None:
         """Wait for every rank."""
         dist.barrier()
+
+    def from_first(self, value: Value) -> Value:
+        """The value of rank 0 on every rank; it can be pickled. Every rank calls it."""
+        if self.world_size == 1:
+            return value
+        values: list[Any] = [value]
+        dist.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
 
 
 def check_layout(parallel: ParallelConfig) -> None:

@@ -30,7 +30,6 @@ from trainer.opd.produce import Producer
 from trainer.opd.samples import SampleLog
 from trainer.opd.scoring import Scoring
 from trainer.opd.shards import ShardPlanner, anchors_before
-from trainer.opd.together import from_first
 
 STATE_VERSION = 1
 _POLL_SEC, _TELL_SEC = 0.05, 30.0
@@ -57,13 +56,14 @@ class OPDFeed:
         self._samples = samples
         self.step = self._rollout_rows = 0
         self._planner = ShardPlanner(config)
-        self._sampled = from_first(buffer.num_sampled, topology)
+        self._sampled = topology.from_first(buffer.num_sampled)
         if stored is not None:
             self._resume(stored)
         for shard in range(self._sampled):
             self._planner.sampled(buffer.counts(shard).tokens)
         self._rows = 0  # of the step that `next` gave, padding included
         self._seconds = {"sampling": 0.0, "teacher": 0.0}
+        self._sampling: dict[str, float] = {}  # of the shard sampled last
         self._log_values: dict[str, float] = {}
 
     def ready(self, watch: Watch) -> None:
@@ -136,7 +136,7 @@ class OPDFeed:
 
     def sealed(self) -> bool:
         """Whether the buffer is a finished dataset, on every rank."""
-        return from_first(self.buffer.is_sealed, self.topology)
+        return self.topology.from_first(self.buffer.is_sealed)
 
     def seal(
         self, teacher: dict[str, Any], held_out: list[Rollout], targets: list[SparseTarget]
@@ -165,7 +165,7 @@ class OPDFeed:
                 except VpmoeError as error:
                     problem = str(error).rstrip(".")
             watch.agree(problem)
-            if from_first(there, self.topology):
+            if self.topology.from_first(there):
                 return
             watch.phase_again()
             if self.scoring is not None:
@@ -179,6 +179,7 @@ class OPDFeed:
         plan, began = self._planner.plan(), time.perf_counter()
         watch.phase(f"sampling shard {plan.shard}")
         rollouts = self.producer.shard(plan, self.step, lambda done: watch.phase_again())
+        seconds = time.perf_counter() - began
         problem, tokens = None, 0
         if self.scoring is not None:
             try:
@@ -188,9 +189,13 @@ class OPDFeed:
             except VpmoeError as error:
                 problem = str(error).rstrip(".")
         watch.agree(problem)
-        self._planner.sampled(from_first(tokens, self.topology))
+        self._planner.sampled(self.topology.from_first(tokens))
         self._sampled += 1
-        _LOG.debug("shard %d sampled in %.1f s", plan.shard, time.perf_counter() - began)
+        self._sampling = {
+            "sampling/rollouts_per_sec": self.config.batch.rollouts / seconds,
+            "sampling/tokens_per_sec": tokens / seconds,
+            "sampling/occupied": self.producer.occupied,
+        }
 
     def _send_unscored(self) -> None:
         """After a stop: what was sampled and has no targets goes to the teacher again."""
@@ -230,15 +235,19 @@ class OPDFeed:
         rollouts = self.buffer.rollouts(shard)
         later = range(shard + 1, self._sampled)
         ahead = sum(self.buffer.counts(number).tokens for number in later)
-        return rollout_values(rollouts, "rollouts") | {
-            "buffer/depth": float(self._sampled - shard),
-            "buffer/scored": float(self.buffer.num_scored - shard),
-            "buffer/age": float(shard - rollouts[0].policy_version),
-            "buffer/rows": float(rollout_rows),
-            "buffer/anchor_rows": float(anchor_rows),
-            "opd/tokens": float(self._planner.tokens - ahead),
-            **self.scoring.values(),
-        }
+        return (
+            rollout_values(rollouts, "rollouts")
+            | self._sampling
+            | {
+                "buffer/depth": float(self._sampled - shard),
+                "buffer/scored": float(self.buffer.num_scored - shard),
+                "buffer/age": float(shard - rollouts[0].policy_version),
+                "buffer/rows": float(rollout_rows),
+                "buffer/anchor_rows": float(anchor_rows),
+                "opd/tokens": float(self._planner.tokens - ahead),
+                **self.scoring.values(),
+            }
+        )
 
     def _resume(self, stored: dict[str, Any]) -> None:
         wanted = {"version": STATE_VERSION, "buffer": self.buffer.buffer.dataset_id}

@@ -43,6 +43,12 @@ class Producer:
         self._config, self._data, self._sampler, self._topology = config, data, sampler, topology
         self._curriculum = Curriculum(config.curriculum)
 
+    @property
+    def occupied(self) -> float:
+        """Mean share of this rank's slots that sampled, over the steps of the last call."""
+        report = self._sampler.report
+        return report.occupied if report else 0.0
+
     def shard(
         self, plan: ShardPlan, version: int, progress: Callable[[int], None]
     ) -> list[Rollout]:

@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
-
-import torch.distributed as dist
+from typing import TypeVar
 
 from common.errors import VpmoeError
 from trainer.megatron.topology import Topology
 from trainer.megatron.watch import Watch
 
 Value = TypeVar("Value")
-
-
-def from_first(value: Value, topology: Topology) -> Value:
-    """The value of rank 0 on every rank."""
-    if topology.world_size == 1:
-        return value
-    values: list[Any] = [value]
-    dist.broadcast_object_list(values, src=0, device=topology.device)
-    return values[0]
 
 
 def work_of_first(
@@ -33,13 +22,13 @@ def work_of_first(
     if work is None:
         while True:
             watch.agree()
-            if from_first(False, topology):
-                return from_first(None, topology)  # type: ignore[arg-type]
+            if topology.from_first(False):
+                return topology.from_first(None)  # type: ignore[arg-type]
             watch.phase_again()
 
     def poll() -> None:
         watch.agree()
-        from_first(False, topology)
+        topology.from_first(False)
         watch.phase_again()
 
     value, problem = None, None
@@ -50,5 +39,5 @@ def work_of_first(
             raise
         problem = str(error).rstrip(".")
     watch.agree(problem)
-    from_first(True, topology)
-    return from_first(value, topology)  # type: ignore[return-value]
+    topology.from_first(True)
+    return topology.from_first(value)  # type: ignore[return-value]

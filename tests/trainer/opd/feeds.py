@@ -70,6 +70,8 @@ def write_data(folder: Path) -> Path:
 class HandmadeProducer:
     """Gives rollouts of every form for what is planned, on rank 0. asked: each plan with its version."""
 
+    occupied = 1.0
+
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self.asked: list[tuple[ShardPlan, int]] = []

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 def _together(rank: int, world: int) -> dict[str, Any]:
     from tests.trainer.opd.feeds import topology, watched
-    from trainer.opd.together import from_first, work_of_first
+    from trainer.opd.together import work_of_first
 
     of, found = topology(rank, world), dict[str, Any]()
     polled = []
@@ -40,7 +40,7 @@ def _together(rank: int, world: int) -> dict[str, Any]:
             poll()
 
     with watched(of) as watch:
-        found["from_first"] = from_first({"rank": rank}, of)
+        found["from_first"] = of.from_first({"rank": rank})
         found["value"] = work_of_first(None if rank else work, of, watch)
         found["nothing"] = work_of_first(None if rank else lambda poll: None, of, watch)
         for name, fails in (("refused", refused), ("signal", called_to_end)):
