@@ -59,11 +59,15 @@ class AlignmentReport(Config):
     padding_mass: float
 
 
-def alignment_report(pairs: Iterable[tuple[np.ndarray, SparseTarget]]) -> AlignmentReport:
+def alignment_report(
+    pairs: Iterable[tuple[np.ndarray, SparseTarget]],
+    *,
+    too_few: str = "give the gate more documents",
+) -> AlignmentReport:
     """Measure documents (or packed rows) against their targets, given in the same coordinates.
 
-    pairs: (tokens_T int32, target). Raises AlignmentError when there are too few positions to judge, or a target
-    stands outside its tokens.
+    pairs: (tokens_T int32, target). too_few: what to do about too few positions. Raises AlignmentError when there are
+    too few to judge, or a target stands outside its tokens.
     """
     scores, disagreements, foreign, padding, documents = [], 0, 0, 0.0, 0
     for tokens_T, target in pairs:
@@ -79,7 +83,7 @@ def alignment_report(pairs: Iterable[tuple[np.ndarray, SparseTarget]]) -> Alignm
             "too few scored tokens to judge their alignment",
             got=f"{num_positions} in {documents} documents",
             expected=f"at least {MIN_POSITIONS}",
-            remedy="give the gate more documents",
+            remedy=too_few,
         )
     means = scores_P3.mean(axis=0).tolist()
     margins_P2 = scores_P3[:, [1]] - scores_P3[:, [0, 2]]

@@ -256,6 +256,8 @@ def self_hashed(record: Config) -> dict[str, Any]:
 def load_dataset_manifest(folder: Path) -> DatasetManifest:
     """The manifest of a dataset. Raises FormatError: absent, damaged, another version, another tokenizer."""
     remedy = "build it with `vpmoe-data build`, or check the path"
+    if buffer_path(folder).is_file():
+        remedy = "it is a buffer of rollouts: its run seals it after the last step; until then `verify` reads it"
     manifest = _load(DatasetManifest, Path(folder), "dataset", remedy)
     expected = dataset_fingerprint(manifest.dataset_id, manifest.seq_len, manifest.files)
     if manifest.fingerprint != expected:
@@ -266,6 +268,11 @@ def load_dataset_manifest(folder: Path) -> DatasetManifest:
             remedy="build the dataset again",
         )
     return manifest
+
+
+def buffer_path(folder: Path) -> Path:
+    """The file that makes a folder a rollout buffer, sealed or not."""
+    return Path(folder) / "rollouts" / "buffer.json"
 
 
 def load_target_manifest(dataset_folder: Path, slug: str) -> TargetManifest:

@@ -10,14 +10,13 @@ import numpy as np
 from common.errors import FormatError
 from datastore.codec import decode_blob
 from datastore.id_order import IdOrder, order_of_rows
-from datastore.manifest import MANIFEST_NAME, SampledCounts
+from datastore.manifest import MANIFEST_NAME, SampledCounts, buffer_path
 from datastore.rollout import Rollout, ScoredTokens
 from datastore.rollout_records import (
     BufferPlace,
     BufferRecord,
     SampledRecord,
     ScoredRecord,
-    buffer_path,
     read_record,
 )
 from datastore.rollout_shard import LogprobShard, RolloutShard, StoredRollout

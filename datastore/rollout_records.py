@@ -117,11 +117,6 @@ class BufferPlace:
         return self.folder / WORK
 
 
-def buffer_path(folder: Path) -> Path:
-    """The file that makes a folder a rollout buffer."""
-    return Path(folder) / "rollouts" / "buffer.json"
-
-
 def read_record(cls: type[AnyConfig], path: Path) -> AnyConfig:
     """A record of the buffer. Raises FormatError when it is absent or damaged."""
     try:

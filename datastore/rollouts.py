@@ -28,6 +28,7 @@ from datastore.manifest import (
     DatasetManifest,
     SampledCounts,
     TargetManifest,
+    buffer_path,
     load_dataset_manifest,
     load_target_manifest,
 )
@@ -36,7 +37,6 @@ from datastore.rollout_reader import RolloutReader, ScoredRow
 from datastore.rollout_records import (
     BufferPlace,
     BufferRecord,
-    buffer_path,
     read_record,
     write_record,
 )

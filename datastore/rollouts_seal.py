@@ -52,7 +52,10 @@ def sealed(
     }
     manifest = dataset_manifest(buffer.buffer, prompts, sampled)
     targets = _target_manifest(buffer.buffer, manifest, dict(teacher), scored)
-    targets = gated(Dataset(buffer.folder, manifest), targets)
+    too_few = (
+        f"{buffer.folder} stays a buffer, as checkpoints stay: sample more rollouts, or longer ones"
+    )
+    targets = gated(Dataset(buffer.folder, manifest), targets, too_few=too_few)
     commit_manifest(buffer.place.targets, targets)
     commit_manifest(buffer.folder, manifest)
     return manifest, targets

@@ -90,9 +90,15 @@ def shard_facts(by_split: Mapping[Split, Sequence[FinishedShard]]) -> dict[str, 
     }
 
 
-def gated(dataset: Dataset, manifest: TargetManifest) -> TargetManifest:
-    """The manifest with the report of the alignment gate over some rows read back. Raises AlignmentError."""
-    report = alignment.alignment_report(_stored_pairs(TargetStore(dataset, manifest)))
+def gated(
+    dataset: Dataset, manifest: TargetManifest, *, too_few: str = "score more rows"
+) -> TargetManifest:
+    """The manifest with the report of the alignment gate over some rows read back. Raises AlignmentError.
+
+    too_few: what to do about too few positions.
+    """
+    pairs = _stored_pairs(TargetStore(dataset, manifest))
+    report = alignment.alignment_report(pairs, too_few=too_few)
     alignment.require_aligned(report)
     return manifest.model_copy(update={"alignment": report.resolved()})
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from common.errors import VpmoeError
 from datastore.checks import RowTally
 from datastore.faults import Fault, Faults
-from datastore.manifest import MANIFEST_NAME
+from datastore.manifest import MANIFEST_NAME, buffer_path
 from datastore.rollout_reader import RolloutReader
-from datastore.rollout_records import SampledRecord, ScoredRecord, buffer_path
+from datastore.rollout_records import SampledRecord, ScoredRecord
 from datastore.selection import Selection
 from datastore.verify import ShardJob, ShardReport, shard_reports, verify_identities
 from datastore.verify_rollouts import RolloutJob

@@ -154,9 +154,11 @@ def test_too_little_to_judge_is_not_sealed(tmp_path, prompts) -> None:
     with open_buffer(tmp_path) as buffer:
         buffer.append(shard_of(0)[:1])
         buffer.add_targets(0, targets_of(buffer, 0))
-        with pytest.raises(AlignmentError, match="too few scored tokens"):
+        with pytest.raises(AlignmentError, match=r"too few scored tokens.*longer ones"):
             buffer.seal(TEACHER, prompts)
     assert not list(tmp_path.rglob("manifest.json"))
+    shown = CliRunner().invoke(main, ["inspect", str(tmp_path), "--row", "0"])
+    assert shown.exit_code == 1 and "its run seals it after the last step" in shown.output
 
 
 def test_without_held_out_rollouts_the_valid_split_is_empty(tmp_path, prompts) -> None:
