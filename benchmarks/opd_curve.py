@@ -73,7 +73,8 @@ def _runs_of(seed: str, given: argparse.Namespace, url: str) -> dict[str, Any]:
     steps = math.ceil(tokens["all"] / (2 * _targets_a_row()))
     more = (f"seed={int(seed) + 100}", f"steps={steps}", f"checkpoint.every={steps}")
     _train("kd", "demo.yaml", work / "kd", from_warm, *more, "eval.every=0", *given.kd.split())
-    measured = ("steps=2", "schedule={kind: constant}", "eval.every=1")
+    # Of this run only the evaluation before its one small step is wanted.
+    measured = ("steps=1", "batch.rollouts=16", "schedule={kind: constant}", "eval.every=1")
     seen = _train(
         "opd",
         "demo-opd.yaml",
