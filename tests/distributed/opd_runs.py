@@ -32,7 +32,7 @@ _RUNTIME = (
 )
 _OF_OPD = ("init_from", "sampling", "curriculum", "anchor_share", "staleness", "samples")
 # Measures that tell the time, and how far the sampler was ahead, which a run that goes on finds as its buffer stands.
-_OF_THE_DAY = ("seconds/", "teacher/", "checkpoint/", "tokens_per_sec", "memory_gib")
+_OF_THE_DAY = ("seconds/", "sampling/", "teacher/", "checkpoint/", "tokens_per_sec", "memory_gib")
 _AHEAD = ("buffer/depth", "buffer/scored")
 _SOON_SEC = 0.6
 

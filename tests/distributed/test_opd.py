@@ -45,6 +45,7 @@ from tests.trainer.opd.served import NAME, ServerProcess, free_port
 
 pytestmark = pytest.mark.slow
 TWO_STEPS = "steps=3"
+SIGNALLED = (sys.executable, str(Path(__file__).with_name("signalled.py")))
 # Float sums in another order, over a loss of which the parts cancel.
 SAME_STEP = 1e-4
 
@@ -254,13 +255,28 @@ def test_without_a_teacher_it_waits_and_goes_on(
     assert_same_run(whole, run)
 
 
+def test_a_signal_in_an_evaluation_saves_the_step_and_the_evaluation_comes_after(
+    config: Path, whole: Path
+) -> None:
+    run = config.parent / "signalled"
+    with plain(1, *SIGNALLED, "4", "opd", str(config), f"run={run}") as started:
+        assert started.codes(240) == [1]
+        assert started.error() == (
+            "error: stopped by SIGTERM; step 4 is saved; run the same command to go on."
+        )
+    assert newest(run) == steps(run) == 4
+    assert not [of for of in records(run) if of["step"] == 4 and "eval/valid" in of]
+    train(1, config, run)
+    assert_same_run(whole, run)
+
+
 def test_a_signal_ends_the_wait_for_a_teacher_that_never_came(tmp_path: Path) -> None:
     config, run = write_opd_config(tmp_path, f"http://127.0.0.1:{free_port()}"), tmp_path / "run"
     with plain(2, *opd_command(1, config, run)) as started:
         started.wait_until(lambda: "does not answer" in started.said())
         os.kill(started.pid(1), signal.SIGTERM)
         assert started.codes(120) == [1, 1], started.said()[-4000:]
-        (error,) = started.errors()
+        error = started.error()
         print(error)
         assert "Traceback" not in started.said()
     assert error.startswith("error: stopped by SIGTERM to rank 1; run the same command to go on")
@@ -276,7 +292,7 @@ def test_another_teacher_at_the_address_is_refused(folder: Path, config: Path) -
             other.kill()
             other.start("--weights", "second")
             assert started.codes(240) == [1]
-            (error,) = started.errors()
+            error = started.error()
         again = run_program(1, "opd", str(config), f"run={run}", address)
     assert error.startswith(
         f"error: {other.url} is another teacher than the one that this run began with"
@@ -308,7 +324,7 @@ def test_two_processes_sample_and_train_like_one_and_stop_together(
         started.wait_until(lambda: steps(stopped) >= 1)
         os.kill(started.pid(1), signal.SIGTERM)
         assert started.codes(120) == [1, 1]
-        (error,) = started.errors()
+        error = started.error()
     done = steps(stopped)
     assert error == (
         f"error: stopped by SIGTERM to rank 1; step {done} is saved; run the same command to go on."
