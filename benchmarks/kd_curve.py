@@ -35,8 +35,9 @@ from benchmarks.curve_data import (
 from benchmarks.curve_report import ARMS, checks, compare, curves_of, markdown, plot
 from benchmarks.curve_runs import LIMITS, PROFILES, SLUG, run_jobs, student_job
 from benchmarks.report import header
+from benchmarks.torch_serve import small_teacher
 from common import logs
-from common.config import PROJECT_ROOT, load_config, named_config
+from common.config import PROJECT_ROOT
 from common.files import write_json
 from datastore.teacher import TeacherConfig
 
@@ -125,13 +126,8 @@ def score(given: dict[str, Any]) -> None:
 
 
 def _teacher_config(given: dict[str, Any]) -> TeacherConfig:
-    overrides = [f"name={SLUG}", f"model={given['work'] / 'teacher'}"]
-    overrides += [f"limits.{limit}" for limit in LIMITS]
-    if given["device"] == "cuda":
-        overrides += ["engine.device=cuda", "engine.kv_cache_gib=null"]
-        overrides += ["engine.gpu_memory_utilization=0.5", "engine.vocab_chunk_tokens=2048"]
-        overrides += ["engine.max_num_batched_tokens=16384"]
-    return load_config(TeacherConfig, named_config("teacher", "tiny"), overrides)
+    limits = (f"limits.{limit}" for limit in LIMITS)
+    return small_teacher(SLUG, given["work"] / "teacher", given["device"], *limits)
 
 
 @main.command()

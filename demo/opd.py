@@ -28,6 +28,7 @@ from common.config import PROJECT_ROOT
 from demo.run import DATASET, RUN, TEACHER, environment, run_command
 
 OPD_RUN = "runs/demo-opd"
+SERVE = "vpmoe-data serve --teacher tiny --no-token --port"
 _START_SEC = 300.0
 _MEASURES = {
     "reverse KL, nats a token": "eval/reverse_kl/total",
@@ -56,11 +57,11 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def served(console: Console) -> Iterator[str]:
-    """The address of the tiny teacher, served until the block ends."""
+def served(console: Console, serve: str = SERVE) -> Iterator[str]:
+    """The address of the teacher that the command `serve` serves, a port put behind it, until the block ends."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = f"vpmoe-data serve --teacher tiny --port {port} --no-token"
+    command = f"{serve} {port}"
     console.print(f"\n[bold]$ {command} &[/bold]", soft_wrap=True)
     server = subprocess.Popen(shlex.split(command), env=environment())
     try:
