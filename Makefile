@@ -33,7 +33,7 @@ check: setup
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
 
-# score and kd_vs_ce measure on what `make demo` leaves; target_fidelity reads the real rows in VPMOE_SYNTH.
+# score, kd_vs_ce and opd_curve measure on what `make demo` leaves; target_fidelity reads the real rows in VPMOE_SYNTH.
 bench: setup
 	$(PYTHON) -m pip install --disable-pip-version-check -qq --no-deps -r requirements/bench.lock
 	$(PYTHON) -m benchmarks.build
@@ -41,6 +41,7 @@ bench: setup
 	$(PYTHON) -m benchmarks.loss --device cpu
 	$(PYTHON) -m benchmarks.score --model teachers/tiny
 	$(PYTHON) -m benchmarks.kd_vs_ce
+	$(PYTHON) -m benchmarks.opd_curve
 	$(PYTHON) -m benchmarks.target_fidelity
 	$(PYTHON) -m benchmarks.limits
 	$(PYTHON) -m benchmarks.target_variants
