@@ -112,11 +112,6 @@ class TeacherLink:
         """How the teacher is served (SERVED_KEYS): model, engine, versions, canary figures. Known once open."""
         return self._served
 
-    def require(self, expected: dict[str, Any]) -> None:
-        """AlignmentError unless the open teacher is the one that `open` gave as `expected` when the run began."""
-        assert self._identity is not None, "open it first"
-        require_same(self._client.url, self._identity, expected)
-
     def gate(
         self, documents: list[ScoreDocument], poll: Callable[[], None] | None = None
     ) -> AlignmentReport:

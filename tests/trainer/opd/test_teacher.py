@@ -160,14 +160,6 @@ def test_the_token_is_that_of_the_variable(monkeypatch) -> None:
             assert link.open()["teacher"] == "bigram"
 
 
-def test_require_compares_with_the_teacher_of_the_buffer(served) -> None:
-    with linked(served.url) as link:
-        identity = link.open()
-        link.require(identity)
-        with pytest.raises(AlignmentError, match=r"got threshold 0\.02; expected threshold 0\.01"):
-            link.require(identity | {"threshold": 0.01})
-
-
 @pytest.mark.parametrize("number", [0, 4])
 def test_a_document_that_the_teacher_cannot_score_is_named(served, number) -> None:
     documents = [asked(n) for n in range(5)]
