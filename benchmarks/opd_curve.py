@@ -2,8 +2,9 @@
 
     make demo && python -m benchmarks.opd_curve --work runs/opd_curve
 
-Of each seed one student is warmed by offline KD, then goes on in two ways from the same weights: `opd`, and `kd`,
-offline KD for at least as many target tokens as the opd run trained, sampled and anchor. Both are measured by the
+One student is warmed by offline KD until more of it helps little. With each seed it goes on in two ways from these
+weights: `opd`, and `kd`, offline KD for at least as many target tokens as the opd run trained, sampled and anchor; the
+seed decides prompts, samples and the order of rows. Both are measured by the
 evaluation of `vpmoe-train opd` on the same held-out prompts with the same random numbers: reverse KL of the student's
 own rollouts to the teacher, and the share of them that is valid Harmony. Finished runs are kept, so that a stopped
 benchmark goes on. Writes benchmarks/results/opd_curve.json and docs/img/opd_curve.png.
@@ -53,7 +54,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("runs/kd_curve"))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--opd", default="", help="More KEY=VALUE of the opd runs.")
-    parser.add_argument("--warm", default="", help="More KEY=VALUE of the warm starts.")
+    parser.add_argument("--warm", default="steps=400", help="More KEY=VALUE of the warm start.")
     parser.add_argument("--kd", default="", help="More KEY=VALUE of the kd arm.")
     parser.add_argument("--out", type=Path, default=RESULTS / "opd_curve.json")
     given = parser.parse_args()
@@ -125,13 +126,13 @@ def _runs_of(seed: str, given: argparse.Namespace, profile: Profile, url: str) -
     """The arms of one seed: evaluations by step, tokens and seconds."""
     work, targets = given.work / seed, _targets_a_row(profile)
     kd, opd_config = ("kd", *profile.kd), ("opd", *profile.opd)
-    _train(kd, work / "warm", f"seed={seed}", "steps=120", *given.warm.split())
-    from_warm = f"init_from.run={work / 'warm'}"
+    _train(kd, given.work / "warm", *given.warm.split())
+    from_warm = f"init_from.run={given.work / 'warm'}"
     on_policy = (f"teacher.url={url}", f"seed={seed}", *given.opd.split())
     opd = _train(opd_config, work / "opd", from_warm, *on_policy)
     tokens = _trained_tokens(opd, targets)
     steps = math.ceil(tokens["all"] / (profile.rows_a_step * targets))
-    more = (f"seed={int(seed) + 100}", f"steps={steps}", f"checkpoint.every={steps}")
+    more = (f"seed={int(seed) + 1}", f"steps={steps}", f"checkpoint.every={steps}")
     _train(kd, work / "kd", from_warm, *more, "eval.every=0", *given.kd.split())
     # Of this run only the evaluation before its one small step is wanted.
     measured = ("steps=1", "batch.rollouts=16", "schedule={kind: constant}", "eval.every=1")
