@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -126,14 +127,14 @@ def _runs_of(seed: str, given: argparse.Namespace, profile: Profile, url: str) -
     """The arms of one seed: evaluations by step, tokens and seconds."""
     work, targets = given.work / seed, _targets_a_row(profile)
     kd, opd_config = ("kd", *profile.kd), ("opd", *profile.opd)
-    _train(kd, given.work / "warm", *given.warm.split())
+    _train(kd, given.work / "warm", *shlex.split(given.warm))
     from_warm = f"init_from.run={given.work / 'warm'}"
-    on_policy = (f"teacher.url={url}", f"seed={seed}", *given.opd.split())
+    on_policy = (f"teacher.url={url}", f"seed={seed}", *shlex.split(given.opd))
     opd = _train(opd_config, work / "opd", from_warm, *on_policy)
     tokens = _trained_tokens(opd, targets)
     steps = math.ceil(tokens["all"] / (profile.rows_a_step * targets))
     more = (f"seed={int(seed) + 1}", f"steps={steps}", f"checkpoint.every={steps}")
-    _train(kd, work / "kd", from_warm, *more, "eval.every=0", *given.kd.split())
+    _train(kd, work / "kd", from_warm, *more, "eval.every=0", *shlex.split(given.kd))
     # Of this run only the evaluation before its one small step is wanted.
     measured = ("steps=1", "batch.rollouts=16", "schedule={kind: constant}", "eval.every=1")
     from_kd = f"init_from.run={work / 'kd'}"
