@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 from common.files import write_json
@@ -15,22 +13,15 @@ from trainer.megatron.topology import Topology, check_run, distributed
 from trainer.megatron.watch import Watch
 from trainer.megatron.weights import load_weights
 from trainer.provenance import require_same_run
-from trainer.run import RunLog, eval_line, run_folder, step_line
-from trainer.training import Feed, TrainingRun, newest_step
+from trainer.run import RunLog, eval_line, step_line
+from trainer.training import Feed, TrainingRun, guarded
 
 _LOG = logging.getLogger(__name__)
 
 
 def run_kd(config: KDConfig) -> None:
     """Train until `steps`; the same command goes on where a killed one was saved. Every rank calls it."""
-    check_run(config)
-    with (
-        distributed(
-            config.device, config.parallel, config.seed, deterministic=config.deterministic
-        ) as topology,
-        Watch(config.watch, topology, partial(newest_step, config)) as watch,
-        run_folder(Path(config.run), topology.rank),
-    ):
+    with guarded(config) as (topology, watch):
         KDRun(config, topology).train(watch)
 
 

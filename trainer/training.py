@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,14 +21,35 @@ from trainer.megatron.checkpoint_write import CheckpointWriter, SaveReport
 from trainer.megatron.replicas import require_equal_replicas
 from trainer.megatron.start import resume, stored_progress, take_from
 from trainer.megatron.step import Clock, StepReport, Trainer
-from trainer.megatron.topology import Topology
+from trainer.megatron.topology import Topology, check_run, distributed
 from trainer.megatron.watch import Watch
 from trainer.provenance import provenance
-from trainer.run import RunLog, describe_run, eval_line, peak_memory_gib, utilisation
+from trainer.run import (
+    RunLog,
+    describe_run,
+    eval_line,
+    peak_memory_gib,
+    run_folder,
+    utilisation,
+)
 from trainer.schedule import learning_rate
 from trainer.stops import RunStopped
 
 _Line = Callable[[int, dict[str, float]], str]
+
+
+@contextlib.contextmanager
+def guarded(config: RunConfig) -> Iterator[tuple[Topology, Watch]]:
+    """The process groups of a run, the watch over its ranks, and the lock of its folder. Every rank enters it."""
+    check_run(config)
+    with (
+        distributed(
+            config.device, config.parallel, config.seed, deterministic=config.deterministic
+        ) as topology,
+        Watch(config.watch, topology, partial(newest_step, config)) as watch,
+        run_folder(Path(config.run), topology.rank),
+    ):
+        yield topology, watch
 
 
 class Feed(Protocol):

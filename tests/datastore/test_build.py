@@ -168,24 +168,13 @@ from pathlib import Path
 from common import tokenizer
 from datastore.build import build_dataset
 from datastore.data_config import DataConfig
+from tests.datastore.killed import run_killed
 
 config = DataConfig(**json.loads(sys.argv[1]))
 tokenizer.encoding()
 
 def build(kill_at):
-    pid = os.fork()
-    if pid:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    real, calls = os.replace, 0
-    def replace(*names):
-        nonlocal calls
-        calls += 1
-        if calls == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*names)
-    os.replace = replace
-    build_dataset(config, workers=1)
-    os._exit(0)
+    return run_killed(lambda: build_dataset(config, workers=1), kill_at)
 
 kill_at = 1
 while True:

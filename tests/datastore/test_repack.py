@@ -108,24 +108,13 @@ import os, signal, sys
 from pathlib import Path
 from common import tokenizer
 from datastore.repack import repack_dataset
+from tests.datastore.killed import run_killed
 
 origin, out = map(Path, sys.argv[1:])
 os.fsync = lambda fd: None  # a killed process loses nothing that it wrote; only a power cut would
 
 def repack(out, kill_at):
-    pid = os.fork()
-    if pid:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    real, calls = os.replace, 0
-    def replace(*names):
-        nonlocal calls
-        calls += 1
-        if calls == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*names)
-    os.replace = replace
-    repack_dataset(origin, out, seq_len=300, workers=1)
-    os._exit(0)
+    return run_killed(lambda: repack_dataset(origin, out, seq_len=300, workers=1), kill_at)
 
 kill_at = 0
 while True:

@@ -195,30 +195,22 @@ _KILL_AT_EVERY_COMMIT = """
 import os, signal, sys
 from pathlib import Path
 from common import tokenizer
+from tests.datastore.killed import run_killed
 from tests.datastore.rollout_cases import open_buffer, shard_of, targets_of
 
 os.fsync = lambda fd: None  # a killed process loses nothing that it wrote; only a power cut would
 SHARDS = 2
 
-def run(folder, kill_at):
-    pid = os.fork()
-    if pid:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    real, calls = os.replace, 0
-    def replace(*names):
-        nonlocal calls
-        calls += 1
-        if calls == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*names)
-    os.replace = replace
+def fill(folder):
     buffer = open_buffer(folder)
     while buffer.num_scored < SHARDS:
         if buffer.num_sampled < min(SHARDS, buffer.num_scored + 2):
             buffer.append(shard_of(buffer.num_sampled))
         else:
             buffer.add_targets(buffer.num_scored, targets_of(buffer, buffer.num_scored))
-    os._exit(0)
+
+def run(folder, kill_at):
+    return run_killed(lambda: fill(folder), kill_at)
 
 kill_at = 0
 while True:

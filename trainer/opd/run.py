@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from datastore.rollout_reader import RolloutReader
 from datastore.rollouts import RolloutBuffer
 from datastore.types import SparseTarget
 from trainer.megatron.sampler import Sampler, require_layout
-from trainer.megatron.topology import Topology, check_run, distributed
+from trainer.megatron.topology import Topology
 from trainer.megatron.watch import Watch
 from trainer.opd.config import OPDConfig
 from trainer.opd.data import OPDData
@@ -26,23 +25,16 @@ from trainer.opd.scoring import Scoring
 from trainer.opd.teacher import TeacherLink, gate_documents
 from trainer.opd.together import work_of_first
 from trainer.provenance import shaping
-from trainer.run import RunLog, run_folder
-from trainer.training import TrainingRun, newest_step
+from trainer.run import RunLog
+from trainer.training import TrainingRun, guarded
 
 _LOG = logging.getLogger(__name__)
 
 
 def run_opd(config: OPDConfig) -> None:
     """Train until `steps`; the same command goes on where a killed one was saved. Every rank calls it."""
-    check_run(config)
     require_layout(config)
-    with (
-        distributed(
-            config.device, config.parallel, config.seed, deterministic=config.deterministic
-        ) as topology,
-        Watch(config.watch, topology, partial(newest_step, config)) as watch,
-        run_folder(Path(config.run), topology.rank),
-    ):
+    with guarded(config) as (topology, watch):
         OPDRun(config, topology, watch).train(watch)
 
 
