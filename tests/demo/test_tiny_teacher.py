@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from common.files import sha256_file
-from common.tokenizer import VOCAB_SIZE, encoding
+from common.tokenizer import FIRST_CONTROL_ID, VOCAB_SIZE, encoding
 from datastore.harmony import RenderConfig, Renderer
 from datastore.target import target_positions
 from datastore.types import RenderedDoc, SourceRow
-from demo.tiny_teacher import train_tiny_teacher
+from demo.tiny_teacher import CORRUPTED, corrupted, one_batch, train_tiny_teacher
 
 STEPS = 40
 
@@ -95,3 +95,19 @@ def test_the_same_seed_gives_the_same_weights(folder: Path, tmp_path: Path) -> N
     assert sha256_file(other / "model.safetensors") != sha256_file(folder / "model.safetensors")
     provenance = json.loads((folder / "provenance.json").read_bytes())
     assert (provenance["source"], provenance["seed"], provenance["steps"]) == ("sums", 0, STEPS)
+
+
+def test_only_text_that_the_student_would_write_is_corrupted() -> None:
+    documents = [(d.tokens_T, d.spans_T) for d in sums(range(40))]
+    seen_ids = np.unique(np.concatenate([tokens for tokens, _ in documents]))
+    tokens_BT, target_BT = one_batch(documents, seen_ids)
+    torch.manual_seed(0)
+    read_BT = corrupted(tokens_BT, target_BT, seen_ids)
+    changed_BT = read_BT != tokens_BT
+    is_text_BT = torch.from_numpy(seen_ids)[tokens_BT] < FIRST_CONTROL_ID
+    assert not changed_BT[target_BT < 0].any(), "prompts stay as they are"
+    assert not changed_BT[~is_text_BT].any(), "marks stay as they are"
+    assert (torch.from_numpy(seen_ids)[read_BT[changed_BT]] < FIRST_CONTROL_ID).all()
+    share = changed_BT[is_text_BT & (target_BT >= 0)].float().mean()
+    # A few are exchanged for themselves; some 600 tokens.
+    assert 0.6 * CORRUPTED < share < 1.2 * CORRUPTED
