@@ -38,6 +38,7 @@ bench: setup
 	$(PYTHON) -m pip install --disable-pip-version-check -qq --no-deps -r requirements/bench.lock
 	$(PYTHON) -m benchmarks.build
 	$(PYTHON) -m benchmarks.codec
+	$(PYTHON) -m benchmarks.rollouts
 	$(PYTHON) -m benchmarks.loss --device cpu
 	$(PYTHON) -m benchmarks.score --model teachers/tiny
 	$(PYTHON) -m benchmarks.kd_vs_ce

@@ -5,7 +5,7 @@ once, and by the buffer's encoder (`trainer_cpu_sec`, which bounds how long the 
 
     python -m benchmarks.rollouts --rollouts 256 --tokens 1000 --seq-len 4096
 
-Targets are those of a made-up teacher of 200 ids; their making is not timed. Prints the result as JSON.
+Targets are those of a made-up teacher of 200 ids; their making is not timed. Writes benchmarks/results/rollouts.json.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import header
+from common.files import write_json
 from common.tokenizer import CHANNEL, END, MESSAGE, RETURN, START, encoding
 from datastore.harmony_grammar import spans, verdict
 from datastore.rollout import Rollout
@@ -30,6 +31,7 @@ from datastore.rollouts import RolloutBuffer
 from datastore.target import position_uniforms, reduce_logprobs
 from datastore.types import SparseTarget
 
+RESULTS = Path(__file__).parent / "results"
 THRESHOLD = 1 / 50
 _IDS = 200
 
@@ -161,6 +163,7 @@ def main() -> None:
     parser.add_argument("--rollouts", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=1000)
     parser.add_argument("--seq-len", type=int, default=4096)
+    parser.add_argument("--out", type=Path, default=RESULTS / "rollouts.json")
     args = parser.parse_args()
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
@@ -173,7 +176,9 @@ def main() -> None:
             Path(folder) / "beside", args.rollouts, args.tokens, args.seq_len
         )
     packages = ("numpy", "pyarrow", "zstandard")
-    print(json.dumps(header(packages) | found, indent=2))
+    result = header(packages) | found
+    write_json(args.out, result)
+    print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":
