@@ -67,7 +67,8 @@ def test_its_process_has_no_torch(tmp_path):
         encoder = buffer.encoder()
         encoder.add_targets(1, targets_of(buffer, 1)).result(SOON_SEC)
         maps = Path(f"/proc/{encoder.pid}/maps").read_text()
-        assert "arrow" in maps and "torch" not in maps
+        # The library, not the path: an engine that ran in this process may have preloaded a libgomp that torch brings.
+        assert "arrow" in maps and "libtorch" not in maps
 
 
 def test_closing_finishes_the_shard_in_hand(tmp_path):

@@ -11,9 +11,14 @@ import yaml
 
 from common.config import load_config
 from tests.datastore.conftest import write_targets
-from tests.distributed.opd_runs import STEPS, write_opd_config
+from tests.distributed.opd_runs import (
+    SYNCHRONOUS,
+    SYNCHRONOUS_STEPS,
+    train,
+    warm_up,
+    write_opd_config,
+)
 from tests.distributed.runs import records, run_program
-from tests.distributed.stored import newest
 from tests.trainer.opd.served import NAME, ServerProcess
 from trainer.opd.config import OPDConfig, as_kd
 
@@ -26,10 +31,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("opd-eval")
     process = ServerProcess("--dataset", str(folder / "data"))
     config = write_opd_config(folder, process.url)
+    warm_up(config)
     with process:
-        # Only the checkpoint of the last step is needed; the end of a run is tested in test_opd.py.
-        done = run_program(1, "opd", str(config), f"run={folder / 'run'}")
-    assert newest(folder / "run" / "checkpoints").name.endswith(str(STEPS)), done.stderr[-3000:]
+        train(1, config, folder / "run", *SYNCHRONOUS)
     return folder / "run"
 
 
@@ -41,7 +45,7 @@ def evaluated(run: Path, *overrides: str) -> dict[str, Any]:
 
 def test_it_is_the_evaluation_of_the_same_weights_offline(run: Path) -> None:
     bare = evaluated(run)
-    assert bare["step"] == STEPS
+    assert bare["step"] == SYNCHRONOUS_STEPS
     assert "no targets of bigram: cross entropy alone" in bare["said"]
     assert "eval/kl/reasoning" not in bare
     data = run.parent / "data"

@@ -1,6 +1,6 @@
 """Runs of two processes that lose a rank, hang, run out of rows, diverge or are told to end: one message, nothing lost.
 
-Bounds are for a busy machine: what must happen within seconds is given a minute.
+Bounds are for a busy machine: what must happen within seconds is given two minutes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.distributed.runs import PROGRAM, records, write_config
 from tests.distributed.started import newest, plain, steps, torchrun
 
 pytestmark = pytest.mark.slow
-STEPS, EVERY, SOON_SEC = 9, 4, 60.0
+STEPS, EVERY, SOON_SEC = 9, 4, 120.0
 FAULTY = (sys.executable, str(Path(__file__).with_name("faulty.py")))
 
 
@@ -96,7 +96,9 @@ def test_a_killed_rank_ends_the_run_with_one_message_and_it_goes_on(endless: Pat
         assert started.codes(SOON_SEC) == [1]
         error = started.error()
         assert f"going on from step {stopped} of" in started.said()
-    assert error.startswith(f"error: stopped by SIGTERM; step {newest(run)} is saved")
+    # torchrun tells one rank after the other: they may agree to stop in between.
+    by = r"SIGTERM( to rank \d)?"
+    assert re.match(rf"error: stopped by {by}; step {newest(run)} is saved", error)
 
 
 @pytest.mark.parametrize("lost", [0, 1])
