@@ -93,7 +93,7 @@ def measure_all(settings: dict[str, Any]) -> dict[str, Any]:
     """The figures and the floor for each number of slots."""
     from trainer.megatron.topology import distributed
 
-    config = run_config(settings, slots=1)
+    config = run_config(settings, slots=1, graph=False)
     with distributed(config.device, ParallelConfig(), seed=1) as topology:
         from trainer.megatron.student import build_student
 
@@ -109,7 +109,7 @@ def measure_all(settings: dict[str, Any]) -> dict[str, Any]:
         return results
 
 
-def run_config(settings: dict[str, Any], slots: int) -> OPDConfig:
+def run_config(settings: dict[str, Any], slots: int, graph: bool) -> OPDConfig:
     """What the sampler reads of a run's config."""
     import yaml
 
@@ -124,7 +124,12 @@ def run_config(settings: dict[str, Any], slots: int) -> OPDConfig:
             "schedule": {"kind": "constant"},
             "checkpoint": {"every": 1},
             "teacher": {"name": "unused", "url": "http://unused"},
-            "sampling": {"slots": slots, "max_reasoning": settings["seq_len"], "max_final": 1},
+            "sampling": {
+                "slots": slots,
+                "max_reasoning": settings["seq_len"],
+                "max_final": 1,
+                "cuda_graph": graph,
+            },
             "curriculum": [{"modes": {"low": 1, "medium": 0, "high": 0}}],
             "batch": {"rollouts": 1, "micro_batch_size": 1},
             "eval": {"prompts": 1},
@@ -138,9 +143,9 @@ def measure(
     """Medians over the repeats, after a call that warms up."""
     from trainer.megatron.sampler import Sampler
 
-    config = run_config(settings, slots)
+    config = run_config(settings, slots, graph)
     grammar = grammar_of(config.student.vocab_size, settings["mean_tokens"])
-    sampler = Sampler(student, config, topology, settings["seq_len"], grammar, cuda_graph=graph)
+    sampler = Sampler(student, config, topology, settings["seq_len"], grammar)
     sampler.sample(prompts(settings, config.student.vocab_size, 2, seed=99))
     if topology.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -24,7 +24,7 @@ PACKAGES = (
 # path.
 FREE_KEYS = (
     *("run", "dataset", "log", "eval", "checkpoint", "watch", "batch.micro_batch_size"),
-    *("samples", "sampling.slots"),
+    *("samples", "sampling.slots", "sampling.cuda_graph"),
     *("teacher.url", "teacher.token_env", "teacher.request_sec", "teacher.gate_documents"),
 )
 

@@ -38,8 +38,7 @@ with distributed("cuda", config.parallel, seed=1) as topology:
     student_of(trainer)
     before = [p.clone() for p in trainer.student.parameters()]
     sampler = Sampler(
-        trainer.student, opd_config(slots=8, caps=(60, 60), **runtime), topology, SEQ_LEN, grammar(),
-        cuda_graph=json.loads(sys.argv[1]),
+        trainer.student, opd_config(sampling=json.loads(sys.argv[1]), **runtime), topology, SEQ_LEN, grammar()
     )
     asked = prompts([1, 100, 31, 32, 33, 64, 7, 150, 240, 90, 12, 200, 5, 77, 180, 40] * 4)
     samples = sampler.sample(asked)
@@ -66,8 +65,9 @@ def test_logprobs_are_those_of_training(cuda_graph) -> None:
 
     ratio: the mean of p_training / p_sampling over sampled tokens is 1 where both are one distribution.
     """
+    sampling = {"slots": 8, "max_reasoning": 60, "max_final": 60, "cuda_graph": cuda_graph}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _SAMPLE, json.dumps(cuda_graph)],
+        [sys.executable, "-W", "ignore", "-c", _SAMPLE, json.dumps(sampling)],
         capture_output=True,
         text=True,
         timeout=600,

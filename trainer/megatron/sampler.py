@@ -16,8 +16,9 @@ Expert parallelism: ranks of an EP group must pass through the experts together,
 that have nothing run empty rows and slots. The host looks at the device after every step on CPU, and after every 8
 steps on CUDA: a rollout that ends in between waits for the look.
 
-cuda_graph: a step of decoding is some 60 small kernels a layer, so on CUDA the host sets the pace unless a whole step
-is captured once and replayed. It is captured anew in every call: nothing then rests on where the weights lay before.
+sampling.cuda_graph: a step of decoding is some 60 small kernels a layer, so on CUDA the host sets the pace unless a
+whole step is captured once and replayed. It is captured anew in every call: nothing then rests on where the weights lay
+before.
 
 Shapes: B slots, S positions of a row, D hidden size, V vocabulary.
 """
@@ -79,11 +80,9 @@ class Sampler:
         topology: Topology,
         seq_len: int,
         grammar: Grammar = HARMONY,
-        *,
-        cuda_graph: bool = False,
     ) -> None:
-        require_layout(config, cuda_graph=cuda_graph)
-        self._cuda_graph = cuda_graph
+        require_layout(config)
+        self._cuda_graph = config.sampling.cuda_graph
         self.student, self.seq_len, self.num_slots = student, seq_len, config.sampling.slots
         self.report: SamplingReport | None = None
         self._device = topology.device
@@ -224,19 +223,21 @@ class Sampler:
         return int(value)
 
 
-def require_layout(config: OPDConfig, *, cuda_graph: bool = False) -> None:
+def require_layout(config: OPDConfig) -> None:
     """Raises ConfigError for a layout that cannot sample (so); needs no process group."""
     if config.parallel.tensor > 1:
         raise ConfigError(
             f"sampling with parallel.tensor={config.parallel.tensor} (one decoded token is no sequence to split)",
             remedy="set parallel.tensor=1 and spread with parallel.expert and data parallelism",
         )
-    if cuda_graph and (config.parallel.expert > 1 or config.expert_compute != "grouped_mm"):
+    host_waits = config.parallel.expert > 1 or config.expert_compute != "grouped_mm"
+    if config.sampling.cuda_graph and (host_waits or config.device != "cuda"):
         raise ConfigError(
-            "sampling by a CUDA graph where the host waits for the experts' token counts",
-            got=f"parallel.expert={config.parallel.expert}, expert_compute: {config.expert_compute}",
-            expected="parallel.expert=1, expert_compute: grouped_mm",
-            remedy="sample without the graph",
+            "sampling.cuda_graph where there is no CUDA, or the host waits for the experts' token counts",
+            got=f"device: {config.device}, parallel.expert={config.parallel.expert}, "
+            f"expert_compute: {config.expert_compute}",
+            expected="device: cuda, parallel.expert=1, expert_compute: grouped_mm",
+            remedy="set sampling.cuda_graph=false",
         )
 
 

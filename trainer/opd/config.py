@@ -16,11 +16,13 @@ class SamplingConfig(Config):
 
     max_reasoning, max_final: longest span in sampled tokens, marks included; a rollout ends there, cut.
     Sampling is from the whole distribution, as the objective is that of the distribution that is sampled.
+    cuda_graph: whether a step of decoding is captured once a shard and replayed; on CUDA, with parallel.expert=1.
     """
 
     slots: PositiveInt
     max_reasoning: PositiveInt
     max_final: PositiveInt
+    cuda_graph: bool = False
     temperature: float = 1.0
 
     @field_validator("temperature")

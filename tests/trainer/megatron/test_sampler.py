@@ -162,7 +162,6 @@ def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def _errors(trainer: Any, sampler: Any) -> dict[str, str]:
-    from trainer.megatron.sampler import Sampler
 
     one, found = sampler(trainer), {}
     for name, lengths in {"empty": [3, 0], "too long": [SEQ_LEN - 1]}.items():
@@ -173,7 +172,9 @@ def _errors(trainer: Any, sampler: Any) -> dict[str, str]:
         sampler(trainer, parallel={"tensor": 2, "expert": 2, "sequence_parallel": True})
     found["tensor"] = str(refused.value)
     with pytest.raises(ConfigError) as no_graph:
-        Sampler(trainer.student, opd_config(), trainer.topology, SEQ_LEN, cuda_graph=True)
+        sampler(
+            trainer, sampling={"slots": 2, "max_reasoning": 8, "max_final": 8, "cuda_graph": True}
+        )
     found["graph"] = str(no_graph.value)
     after_error = one.sample(prompts([3]))[0].tokens_S
     with torch.no_grad():
