@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--warm", default="steps=400", help="More KEY=VALUE of the warm start.")
     parser.add_argument("--kd", default="", help="More KEY=VALUE of the kd arm.")
     parser.add_argument("--out", type=Path, default=RESULTS / "opd_curve.json")
+    parser.add_argument("--picture", type=Path, default=PICTURE)
     given = parser.parse_args()
     seeds = given.seeds.split(",")
     profile = demo_profile() if given.profile == "cpu" else synth_profile(given.data)
@@ -71,7 +72,7 @@ def main() -> None:
         "comparison": compare(runs),
     }
     write_json(given.out, result)
-    _plot(runs, PICTURE)
+    _plot(runs, given.picture)
     print(json.dumps(result["comparison"], indent=2))
 
 
@@ -110,12 +111,12 @@ def synth_profile(work: Path) -> Profile:
             data,
             f"teacher.name={SLUG}",
             "batch={rollouts: 64, micro_batch_size: 8}",
-            "sampling={slots: 64, max_reasoning: 512, max_final: 512}",
+            "sampling={slots: 64, max_reasoning: 320, max_final: 192, cuda_graph: true}",
             "curriculum=[{modes: {low: 0.0, medium: 0.0, high: 1.0}}]",
             "schedule={kind: cosine, warmup: 2, min_lr: 1.0e-5}",
-            "steps=60",
-            "checkpoint.every=60",
-            "eval={every: 10, prompts: 48}",
+            "steps=30",
+            "checkpoint.every=30",
+            "eval={every: 10, prompts: 64}",
         ),
         dataset=work / STUDENT_DATA,
         rows_a_step=8,
@@ -134,11 +135,14 @@ def _runs_of(seed: str, given: argparse.Namespace, profile: Profile, url: str) -
     tokens = _trained_tokens(opd, targets)
     steps = math.ceil(tokens["all"] / (profile.rows_a_step * targets))
     more = (f"seed={int(seed) + 1}", f"steps={steps}", f"checkpoint.every={steps}")
+    shutil.rmtree(work / "opd" / "checkpoints", ignore_errors=True)
     _train(kd, work / "kd", from_warm, *more, "eval.every=0", *shlex.split(given.kd))
     # Of this run only the evaluation before its one small step is wanted.
     measured = ("steps=1", "batch.rollouts=16", "schedule={kind: constant}", "eval.every=1")
     from_kd = f"init_from.run={work / 'kd'}"
     seen = _train(opd_config, work / "kd-measured", from_kd, *on_policy, *measured)
+    for run in ("kd", "kd-measured"):
+        shutil.rmtree(work / run / "checkpoints", ignore_errors=True)
     evals = {str(record["step"]): _measures(record) for record in opd if "eval/valid" in record}
     steps_of = [record for record in opd if "loss/total" in record]
     whole = sum(r["seconds/step"] for r in steps_of)

@@ -76,11 +76,14 @@ def main() -> None:
     parser.add_argument(
         "--slots", type=int, nargs="+", help="instead of the numbers of the settings"
     )
+    parser.add_argument("--mean-tokens", type=int, help="instead of that of the settings")
+    parser.add_argument("--repeats", type=int, help="instead of those of the settings")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     settings = SETTINGS[arguments.device]
-    if arguments.slots:
-        settings = settings | {"slots": arguments.slots}
+    for name in ("slots", "mean_tokens", "repeats"):
+        if given := getattr(arguments, name):
+            settings = settings | {name: given}
     report = header(("torch", "megatron-core"), device=arguments.device) | {
         "what": (__doc__ or "").splitlines()[0],
         "settings": settings,
