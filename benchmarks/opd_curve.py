@@ -120,7 +120,7 @@ def synth_profile(work: Path) -> Profile:
         ),
         dataset=work / STUDENT_DATA,
         rows_a_step=8,
-        serve=f"python -m benchmarks.torch_serve --model {work / 'teacher'} --name {SLUG} --port",
+        serve=f"{sys.executable} -m benchmarks.torch_serve --model {work / 'teacher'} --name {SLUG} --port",
     )
 
 
