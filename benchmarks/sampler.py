@@ -107,8 +107,8 @@ def measure_all(settings: dict[str, Any]) -> dict[str, Any]:
             for graph in settings["graphs"]:
                 name = "cuda_graph" if graph else "eager"
                 figures[name] = measure(student, settings, slots, topology, graph)
+                print(f"slots={slots} {name}: {figures[name]}", flush=True)
             results[str(slots)] = figures
-            print(f"slots={slots}: {figures}", flush=True)
         return results
 
 

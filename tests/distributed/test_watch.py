@@ -218,10 +218,10 @@ def test_a_run_that_stands_still_tells_where_each_rank_is(config: Path) -> None:
     assert "faulty.py" in said and "in evaluate" in said, said
 
 
-def test_one_process_ends_at_a_signal_and_at_once_at_the_second(config: Path) -> None:
-    run = config.parent / "alone"
+def test_one_process_ends_at_a_signal_and_at_once_at_the_second(endless: Path) -> None:
+    run = endless.parent / "alone"
     fault = ("stall", "valid", "0", "1")
-    with plain(1, *FAULTY, *fault, "kd", str(config), f"run={run}", "eval.every=1") as started:
+    with plain(1, *FAULTY, *fault, "kd", str(endless), f"run={run}", "eval.every=1") as started:
         started.wait_until(lambda: (run / "config.yaml").exists())
         started.launched[0].send_signal(signal.SIGINT)
         time.sleep(5)
@@ -230,7 +230,7 @@ def test_one_process_ends_at_a_signal_and_at_once_at_the_second(config: Path) ->
         assert started.codes(SOON_SEC) == [1]
         error = started.error()
     assert error.startswith("error: a second signal asked for the end at once; step 0 was the last")
-    with plain(1, PROGRAM, "kd", str(config), f"run={run}") as started:
+    with plain(1, PROGRAM, "kd", str(endless), f"run={run}") as started:
         started.wait_until(lambda: steps(run) > 0)
         started.launched[0].send_signal(signal.SIGUSR1)
         assert started.codes(SOON_SEC) == [1]

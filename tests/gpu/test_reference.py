@@ -30,7 +30,7 @@ print(json.dumps({name: float(norm(got - want) / norm(want)) for name, (got, wan
 
 
 def test_outputs_and_gradients_equal_the_reference() -> None:
-    """fp64 but for the angles and lam, which are fp32."""
+    """fp64 but for the angles and lam, which are fp32: the angles' frequencies sum fp32 terms over all positions."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", _COMPARE],
         capture_output=True,
@@ -39,4 +39,4 @@ def test_outputs_and_gradients_equal_the_reference() -> None:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     for name, error in json.loads(done.stdout.splitlines()[-1]).items():
-        assert error < 1e-5, (name, error)
+        assert error < (1e-4 if name.endswith("log_frequency") else 1e-5), (name, error)
