@@ -227,7 +227,7 @@ def test_one_process_ends_at_a_signal_and_at_once_at_the_second(endless: Path) -
         started.launched[0].send_signal(signal.SIGINT)
         time.sleep(5)
         assert started.launched[0].poll() is None
-        # Signals that are seen together count as one, and a busy process may see these late: ask again, as a person does.
+        # Signals seen together count as one, and a busy process may see these late: ask again, as a person does.
         for _ in range(int(SOON_SEC / 5)):
             started.launched[0].send_signal(signal.SIGINT)
             with contextlib.suppress(AssertionError):
