@@ -2,6 +2,7 @@
 
     python benchmarks/loss.py --device cpu             hidden 64, 512 to 2048 tokens
     python benchmarks/loss.py --device cuda            hidden 1024, 8192 tokens, bf16
+    python benchmarks/loss.py --device cuda --variants its kernels one by one (loss_variants.py)
 
 Ways: `gemms` is the floor, the three products alone; `naive_ce` and `naive_kd` form float32 log-probabilities of all
 logits; `ours_ce` and `ours_kd` are the fused function without and with teacher entries, at each chunk size.
@@ -35,7 +36,7 @@ DEFAULTS = {
         "tokens": [8192],
         "hidden": 1024,
         "dtype": "bfloat16",
-        "chunks": [512, 1024, 2048, 4096],
+        "chunks": [1024, 2048, 4096],
     },
 }
 Inputs = tuple[torch.Tensor, torch.Tensor, TokenTargets]
@@ -191,13 +192,21 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, nargs="+")
     parser.add_argument("--entries", type=int, default=20, help="teacher entries a position")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--variants", action="store_true", help="time the kernels alone")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     for key, value in DEFAULTS[arguments.device].items():
         if getattr(arguments, key) is None:
             setattr(arguments, key, value)
+    if arguments.variants:
+        from benchmarks.loss_variants import time_variants  # needs Triton
+
+        time_variants(max(arguments.chunks), arguments.hidden, arguments.entries)
+        return
     results = {str(tokens): compare(tokens, arguments) for tokens in arguments.tokens}
-    settings = {key: value for key, value in vars(arguments).items() if key != "out"}
+    settings = {
+        key: value for key, value in vars(arguments).items() if key not in ("out", "variants")
+    }
     report = header(("torch",), device=arguments.device) | {
         "settings": settings | {"vocab": VOCAB_SIZE, "threads": torch.get_num_threads()},
         "by_tokens": results,

@@ -5,7 +5,8 @@
 
 Ways: `ours` is StudentMoE, `megatron` MoELayer with TopKRouter and the alltoall dispatcher (allgather on the CPU)
 around the same RoutedExperts and SharedExpert with the same weights. `host_ms`: until everything is enqueued;
-`wall_ms`: until the device is done; `busy_ms`: sum of kernel times (profiler), with the ten kernels that take longest.
+`wall_ms`: until the device is done; `graph_ms`: replayed from a CUDA graph, as training runs it (ours alone: Megatron's
+path waits for the host); `busy_ms`: sum of kernel times (profiler), with the kernels that take longest.
 Medians of the repeats.
 Floors: `flops_ms` at 989.4 TFLOP/s of router, experts and shared expert; `bytes_ms` at 4.8 TB/s: expert weights read
 twice and their gradient written, and 11 passes over the routed rows [N, D] (gathered, in and out of both products and
@@ -82,6 +83,8 @@ def compare(student: StudentConfig, settings: dict[str, Any], device: Any) -> di
             figures["relative_gap_of_outputs"] = float(gap)
             for name, layer in layers.items():
                 figures[name] = measure(layer, inputs, settings["repeats"])
+                if name == "ours" and device == "cuda":
+                    figures[name]["graph_ms"] = replayed(layer, inputs)
             results[str(tokens)] = figures
             for name, of in figures.items():
                 print(f"T={tokens} {name}: {of}", flush=True)
@@ -102,15 +105,26 @@ def make_layers(student: StudentConfig, precision: Any, device: Any) -> dict[str
 
     # As MoELayer calls them: experts return outputs and a bias, and the shared one is told whether it has a gate.
     class Routed(RoutedExperts):
-        def forward(self, *args: Any) -> Any:
-            return super().forward(*args), None
+        def forward(self, x_ND: Any, rows_E: Any, gate_N: Any) -> Any:
+            """Rows that the dispatcher has sorted: each its own token with one slot."""
+            rows_E = rows_E.to(x_ND.device, torch.int32)
+            if device == "cuda":
+                from trainer.kernels.dispatch import Slots
+
+                order_N = torch.arange(len(x_ND), dtype=torch.int32, device=device)
+                ends_E = rows_E.cumsum(0, dtype=torch.int32)
+                slots: Any = Slots(order_N, order_N.unsqueeze(1), rows_E, ends_E)
+            else:
+                expert_N = torch.repeat_interleave(rows_E, output_size=len(x_ND))
+                slots = self.sort(expert_N.unsqueeze(1), len(rows_E))
+            return super().forward(x_ND, gate_N.unsqueeze(1).float(), slots, None), None
 
     class Shared(SharedExpert):
         def __init__(self, *args: Any, gate: bool, **kwargs: Any) -> None:
             assert not gate
             super().__init__(*args, **kwargs)
 
-    compute: Any = "grouped_mm" if device == "cuda" else "loop"
+    compute: Any = "triton" if device == "cuda" else "loop"
     runtime = ModelRuntime(
         device=device,
         transformer_impl="local",
@@ -193,6 +207,33 @@ def measure(
         figures["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         figures |= kernels(once)
     return figures
+
+
+def replayed(layer: torch.nn.Module, inputs: tuple[torch.Tensor, torch.Tensor]) -> float:
+    """Median milliseconds of a recorded pass, forward and backward."""
+    x, grad = inputs
+    weights = [x, *layer.parameters()]
+
+    def once() -> None:
+        torch.autograd.grad(layer(x)[0], weights, grad)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            once()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        once()
+    times = []
+    for _ in range(20):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return round(statistics.median(times), 3)
 
 
 def kernels(once: Any) -> dict[str, Any]:

@@ -4,9 +4,11 @@
     python -m benchmarks.optimizer configs/base.yaml --device cpu student.layers=4 student.experts=8 student.hidden=64
 
 Random gradients in fp32, weights in fp32 with a bf16 copy, as in training; gradient norm and clipping are not in it.
-`normuon` is one step on all matrices with the refresh of their bf16 copies, at each --chunk-weights; `adamw_rest` that
-of all else. `loop` is the same mathematics one matrix at a time on at most --loop-matrices of every shape, scaled up
-to all of them. `adamw_all` is AdamW on the matrices. `floor` counts bytes at --bandwidth and products at --flops.
+`normuon` is one step on all matrices, which writes their bf16 copies too and takes gradients times a clipping factor,
+at each --chunk-weights; `experts` is that of the stacks alone, `dense` of the other matrices; `adamw_rest` is the step
+of all else and `adamw_all` AdamW on the matrices, both with the refresh of copies as a pass of its own. `loop`, on CUDA
+only when --ways names it (minutes), is the mathematics of normuon one matrix at a time on at most --loop-matrices of
+every shape, scaled up to all of them. `floor` counts bytes at --bandwidth and products at --flops.
 Writes benchmarks/results/optimizer.json; `ms` is the least of the repeats.
 """
 
@@ -33,6 +35,7 @@ RESULT = Path(__file__).parent / "results" / "optimizer.json"
 SETTINGS = {"lr": 1e-3, "weight_decay": 0.1}
 NORMUON_BYTES = 4 + 8 + 8 + 2  # gradient; momentum and weight, read and written; bf16 copy
 ADAMW_BYTES = 4 + 16 + 8 + 2
+WAYS = ["loop", "adamw_rest", "experts", "dense", "normuon", "adamw_all"]
 Shape = tuple[int, ...]
 Way = dict[str, float]
 
@@ -81,7 +84,11 @@ class Weights:
         self.count = sum(master.numel() for master in self.masters)
 
     def stepper(self, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-        """A step with the refresh of the copies, as Megatron's wrapper does it."""
+        """A step with the refresh of the copies: NorMuon's own, or as Megatron's wrapper does it."""
+        if isinstance(optimizer, NorMuon):
+            optimizer.copies = dict(zip(self.masters, self.copies, strict=True))
+            optimizer.grad_scale = 0.5
+            return optimizer.step
 
         @torch.no_grad()
         def step() -> None:
@@ -181,19 +188,36 @@ def run(student: StudentConfig, arguments: argparse.Namespace) -> dict[str, Any]
     """Every way in turn; states of one are freed before the next."""
     shapes, device, repeats = matrix_shapes(student), arguments.device, arguments.repeats
     figures: dict[str, Any] = {"floor": floor(shapes, arguments.bandwidth, arguments.flops)}
-    figures["loop"] = loop(shapes, device, arguments.loop_matrices, repeats)
-    rest = Weights(rest_shapes(student), device)
-    figures["adamw_rest"] = measure(rest.stepper(adamw(rest, device)), device, repeats)
-    del rest
+    if "loop" in arguments.ways:
+        figures["loop"] = loop(shapes, device, arguments.loop_matrices, repeats)
+    if "adamw_rest" in arguments.ways:
+        rest = Weights(rest_shapes(student), device)
+        figures["adamw_rest"] = measure(rest.stepper(adamw(rest, device)), device, repeats)
+        del rest
+    for way, stacked in (("experts", True), ("dense", False)):
+        if way in arguments.ways:
+            part = Counter({s: n for s, n in shapes.items() if (len(s) == 3) == stacked})
+            figures |= _normuon_figures(way, Weights(part, device), arguments)
+    if not {"normuon", "adamw_all"} & set(arguments.ways):
+        return figures
     weights = Weights(shapes, device)
+    if "normuon" in arguments.ways:
+        figures |= _normuon_figures("normuon", weights, arguments)
+    if "adamw_all" in arguments.ways:
+        figures["adamw_all"] = measure(weights.stepper(adamw(weights, device)), device, repeats)
+    return figures
+
+
+def _normuon_figures(way: str, weights: Weights, arguments: argparse.Namespace) -> dict[str, Any]:
+    """At each size of chunks."""
+    figures = {}
     for chunk in arguments.chunk_weights:
-        step = weights.stepper(normuon(weights, device, chunk))
-        name = f"normuon chunk {chunk}"
-        figures[name] = measure(step, device, repeats)
-        if device == "cuda":
+        step = weights.stepper(normuon(weights, arguments.device, chunk))
+        name = f"{way} chunk {chunk}"
+        figures[name] = measure(step, arguments.device, arguments.repeats)
+        if arguments.device == "cuda":
             figures[name]["kernels"] = kernels(step)
         del step
-    figures["adamw_all"] = measure(weights.stepper(adamw(weights, device)), device, repeats)
     return figures
 
 
@@ -203,6 +227,9 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, help="default: all, on CUDA all but loop"
+    )
     parser.add_argument("--chunk-weights", type=int, nargs="+", default=[CHUNK_WEIGHTS])
     parser.add_argument("--loop-matrices", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
@@ -210,6 +237,7 @@ def main() -> None:
     parser.add_argument("--flops", type=float, default=989.4e12, help="FLOP/s (H200, bf16)")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_intermixed_args()
+    arguments.ways = arguments.ways or (WAYS[1:] if arguments.device == "cuda" else WAYS)
     student = load_config(KDConfig, arguments.config, tuple(arguments.overrides)).student
     report = header(("torch",), device=arguments.device) | {
         "what": (__doc__ or "").splitlines()[0],

@@ -37,7 +37,7 @@ ON_CUDA = {
     "device": "cuda",
     "transformer_impl": "local",
     "core_attention": "flex",
-    "expert_compute": "grouped_mm",
+    "expert_compute": "triton",
     "precision": "bf16",
 }
 ON_CPU = {

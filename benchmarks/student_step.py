@@ -15,6 +15,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks.kernel_classes import by_class, draw_bar, profiled
 from benchmarks.report import device_name, header
 from common.config import load_config
 from common.files import write_json
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=4, help="steps left out of the medians")
     parser.add_argument("--name", default="", help="of the result file; not written without one")
     parser.add_argument("--kernels", action="store_true", help="profile one more step")
+    parser.add_argument("--chart", type=Path, help="PNG of where the time goes; needs --kernels")
     arguments = parser.parse_intermixed_args()
     config = load_config(KDConfig, arguments.config, tuple(arguments.overrides))
     figures, rank = measure(config, arguments.steps, arguments.warm_up, kernels=arguments.kernels)
@@ -42,9 +44,11 @@ def main() -> None:
     report = {"what": (__doc__ or "").splitlines()[0]}
     report |= header(PACKAGES, device=config.device) | figures
     for key, value in report.items():
-        print(f"{key}: {value}")
+        print(f"{key}: {value}"[:4000])
     if arguments.name:
         write_json(RESULTS / f"student_step-{arguments.name}.json", report)
+    if arguments.chart:
+        draw_step(figures, arguments.chart)
 
 
 def measure(
@@ -68,8 +72,20 @@ def measure(
             "memory_gib": memory_by_part(run.trainer, topology.device),
         }
         if kernels:
+            figures["layers"] = layer_times(run.trainer)
             figures["kernels_ms"] = kernel_times(run)
+            figures["classes_ms"] = by_class(figures["kernels_ms"])
         return figures, topology.rank
+
+
+def draw_step(figures: dict[str, Any], path: Path) -> None:
+    """Phases of a step, and classes of its kernels."""
+    seconds = figures["timing"]["seconds"]
+    phases = {name: 1e3 * value for name, value in seconds.items() if name != "step"}
+    phases["host and waiting"] = max(0.0, 1e3 * seconds["step"] - sum(phases.values()))
+    of = figures["timing"]
+    title = f"{of['tokens_a_step']} tokens a step, {of['tokens_per_sec_a_device']:.0f} tokens/s"
+    draw_bar({"phases": phases, "kernels": figures["classes_ms"]}, path, title)
 
 
 def take_steps(run: Any, steps: int) -> list[dict[str, float]]:
@@ -162,20 +178,37 @@ def _bytes(tensors: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def kernel_times(run: Any, *, most: int = 40) -> dict[str, Any]:
-    """Milliseconds of the longest kernels in one step, and of all of them together."""
+def kernel_times(run: Any) -> dict[str, dict[str, float]]:
+    """Milliseconds and calls of every kernel in one step."""
+    return profiled(lambda: take_steps(run, 1))
+
+
+def layer_times(trainer: Any, *, repeats: int = 10) -> dict[str, Any]:
+    """Replays of the recorded layers alone: milliseconds of both passes, and of their kernels by class; empty without
+    recorded layers. What the replays add to gradients is cleared by the next step.
+    """
     import torch
 
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        take_steps(run, 1)
-    rows = [
-        (event.key[:110], event.self_device_time_total / 1e3, event.count)
-        for event in profile.key_averages()
-        if event.self_device_time_total
-    ]
-    rows.sort(key=lambda row: -row[1])
-    longest = {name: {"ms": round(ms, 2), "calls": calls} for name, ms, calls in rows[:most]}
-    return {"all_ms": sum(row[1] for row in rows), "calls": sum(row[2] for row in rows)} | longest
+    if trainer._graphed is None:
+        return {}
+    recorded = trainer._graphed._recorded
+    figures: dict[str, Any] = {}
+    for name, graph in (("forward", recorded.forward_graph), ("backward", recorded.backward_graph)):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats):
+            graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        kernels = profiled(graph.replay)
+        figures[name] = {
+            "ms": start.elapsed_time(end) / repeats,
+            "kernels": sum(int(of["calls"]) for of in kernels.values()),
+            "classes_ms": by_class(kernels),
+            "longest": dict(list(kernels.items())[:40]),
+        }
+    trainer._forget_routing()
+    return figures
 
 
 if __name__ == "__main__":

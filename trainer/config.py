@@ -34,20 +34,24 @@ class ParallelConfig(Config):
 class ModelRuntime(Config):
     """How the model is computed: nothing here is guessed from the machine.
 
-    transformer_impl: norms and linear layers, Megatron's own or TransformerEngine's (CUDA only).
+    transformer_impl: layers as Megatron's own modules, as TransformerEngine's (CUDA only), or compiled: Megatron's hold
+    the weights, and one compiled graph a kind of layer computes them (CUDA with flex, no tensor parallelism).
     core_attention: FlexAttention (CUDA only) or the dense evaluation of the same functions, S x S scores kept.
-    expert_compute: one grouped product for all experts (CUDA, bf16) or a plain loop. precision: of weights and
-    activations; gradients and optimizer states are fp32. deterministic: only kernels that repeat bit by bit.
+    expert_compute: grouped Triton kernels for all experts at once (CUDA, bf16) or a plain loop. precision: of weights
+    and activations; gradients and optimizer states are fp32. deterministic: only kernels that repeat bit by bit.
     recompute: keep only layer inputs and compute each layer again in the backward pass.
+    cuda_graph: the layers' forward and backward passes are recorded before the first step and replayed, so that no
+    kernel waits for the host to launch it (compiled and triton, no expert parallelism, no recompute).
     """
 
     device: Literal["cpu", "cuda"]
-    transformer_impl: Literal["local", "transformer_engine"]
+    transformer_impl: Literal["local", "transformer_engine", "compiled"]
     core_attention: Literal["flex", "dense"]
-    expert_compute: Literal["grouped_mm", "loop"]
+    expert_compute: Literal["triton", "loop"]
     precision: Literal["fp32", "bf16"]
     deterministic: bool = False
     recompute: bool = False
+    cuda_graph: bool = False
 
     @staticmethod
     def on_cpu(precision: Literal["fp32", "bf16"]) -> ModelRuntime:
@@ -74,7 +78,20 @@ class ModelRuntime(Config):
             ),
             (
                 self.expert_compute == "loop" or (cuda and self.precision == "bf16"),
-                "expert_compute: grouped_mm needs device: cuda and precision: bf16; set it to loop",
+                "expert_compute: triton needs device: cuda and precision: bf16; set it to loop",
+            ),
+            (
+                self.transformer_impl != "compiled" or self.core_attention == "flex",
+                "transformer_impl: compiled needs core_attention: flex; set it to local",
+            ),
+            (
+                not self.cuda_graph
+                or (self.transformer_impl, self.expert_compute) == ("compiled", "triton"),
+                "cuda_graph needs transformer_impl: compiled and expert_compute: triton; set it to false",
+            ),
+            (
+                not (self.cuda_graph and self.recompute),
+                "cuda_graph and recompute exclude each other (recomputation forks random states on the host)",
             ),
         ]
         for holds, rule in rules:

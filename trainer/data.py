@@ -1,18 +1,18 @@
-"""Micro-batches of a run: a dataset, its targets and the row stream, read ahead in a thread."""
+"""Micro-batches of a run: a dataset, its targets and the row stream, read ahead while a step is computed."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from common.errors import ConfigError, FormatError, VpmoeError
+from common.errors import ConfigError, VpmoeError
 from datastore.alignment import (
     MIN_POSITIONS,
     alignment_report,
@@ -23,22 +23,26 @@ from datastore.budget import require_budget
 from datastore.reader import Dataset, TargetStore
 from datastore.stream import RowStream, rank_micro_batches
 from datastore.target import row_target
-from datastore.types import SPLITS, DocTarget, PackedRow, SparseTarget, Split
+from datastore.types import SPLITS, SparseTarget, Split
 from trainer.batch import Batch, make_batch
 from trainer.config import KDConfig
+from trainer.readers import ReaderProcesses, RowReader
 
 GATE_ROWS = 8
+# Reader processes of a rank. One reads ten times as fast as a rank trains (docs/numerics.md); the second reads on where
+# the first waits for its storage. On a CPU a thread reads: what trains there is small, and cores are few.
+READERS = {"cuda": 2, "cpu": 0}
 _LOG = logging.getLogger(__name__)
 
 
-class RunData:
+class RunData(RowReader):
     """The dataset of a run with its targets, checked against each other and the config when opened.
 
     scored: the rows with targets by split. A train row uses them where the stream says so, a valid row always.
     """
 
     def __init__(self, dataset: Dataset, targets: TargetStore | None) -> None:
-        self.dataset, self.targets = dataset, targets
+        super().__init__(dataset, targets)
         self.scored = {} if targets is None else {s: targets.scored_rows(s) for s in SPLITS}
 
     @classmethod
@@ -87,37 +91,6 @@ class RunData:
             scored=self.scored.get("train"),
         )
 
-    def batch(
-        self,
-        split: Split,
-        rows: Sequence[int],
-        with_targets: Sequence[bool],
-        begin: Callable[[int], None] = lambda index: None,
-    ) -> Batch:
-        """The batch of these rows; one whose flag is off trains without targets, as do its documents without any.
-
-        begin: told the index of each row before it is read. Raises FormatError when a row whose flag is on has no
-        targets.
-        """
-        packed, documents = [], []
-        for index, wanted in zip(rows, with_targets, strict=True):
-            begin(int(index))
-            row = self.dataset.row(split, int(index))
-            packed.append(row)
-            documents.append(self.documents(split, int(index), row) if wanted else None)
-        return make_batch(packed, documents)
-
-    def documents(self, split: Split, index: int, row: PackedRow) -> list[DocTarget | None]:
-        """The targets of a row that was scored when the run began. Raises FormatError where it has none."""
-        documents = None if self.targets is None else self.targets.documents(split, index, row)
-        if documents is None:
-            raise FormatError(
-                f"{split} row {index} has no targets",
-                expected="targets, as when the run was started",
-                remedy="the target files changed under the run: `vpmoe-data verify`, then start again",
-            )
-        return documents
-
     def padding_batch(self, split: Split, rows: int) -> Batch:
         """A batch in which nothing is a target, for ranks that have no row left but must take part."""
         row = self.dataset.row(split, 0)
@@ -131,9 +104,10 @@ class StopsAlike(Protocol):
 
 
 class Loader:
-    """This rank's micro-batches, step after step; the next step's are read in a thread while one is computed.
+    """This rank's micro-batches, step after step; the next step's are read while one is computed.
 
-    The stream advances when a step is finished, so its state counts what was trained on and nothing that was only read.
+    A thread reads them, or, with reader processes, collects what those have read (trainer/readers.py). The stream
+    advances when a step is finished, so its state counts what was trained on and nothing that was only read.
     """
 
     def __init__(
@@ -145,7 +119,9 @@ class Loader:
         dp_rank: int,
         dp_size: int,
         device: torch.device,
+        readers: int | None = None,
     ) -> None:
+        """readers: reader processes; None for what suits the device, `READERS`."""
         self._data, self.stream, self._device = data, stream, device
         self._cut = {
             "dp_rank": dp_rank,
@@ -154,6 +130,8 @@ class Loader:
         }
         self._wait_sec = config.watch.data_sec
         self._row = 0  # the one being read
+        count = READERS[device.type] if readers is None else readers
+        self._readers = ReaderProcesses(data.dataset, data.targets, count=count) if count else None
         self._ahead = self._start(self._number())
 
     def ready(self, watch: StopsAlike) -> None:
@@ -173,7 +151,9 @@ class Loader:
         return {}
 
     def close(self) -> None:
-        """The reader is a daemon: it ends with the process."""
+        """End the reader processes; a thread that reads is a daemon and ends with this process."""
+        if self._readers is not None:
+            self._readers.close()
 
     def problem(self, wait_sec: float) -> str | None:
         """Wait for the rows of the next step; why they cannot be had, None when they are there."""
@@ -200,9 +180,10 @@ class Loader:
 
     def _place(self) -> str:
         dataset = self._data.dataset
-        shard, row = dataset.locate("train", self._row)
+        index = self._row if self._readers is None else self._readers.row()
+        shard, row = dataset.locate("train", index)
         name = dataset.manifest.entries("train")[shard].name
-        return f"train row {self._row} (row {row} of {name}) of step {self._number() + 1}"
+        return f"train row {index} (row {row} of {name}) of step {self._number() + 1}"
 
     def _begin(self, row: int) -> None:
         self._row = row
@@ -226,15 +207,18 @@ class Loader:
 
     def _read(self, number: int) -> list[Batch]:
         rows_B, uses_B = self.stream.peek(number), self.stream.uses_targets(number)
-        batches = [
-            self._data.batch("train", rows, uses, self._begin)
-            for rows, uses in zip(
+        jobs = list(
+            zip(
                 rank_micro_batches(rows_B, **self._cut),
                 rank_micro_batches(uses_B, **self._cut),
                 strict=True,
             )
-        ]
-        return [batch.pin_memory() for batch in batches] if self._device.type == "cuda" else batches
+        )
+        pin = self._device.type == "cuda"
+        if self._readers is not None:
+            return self._readers.read(jobs, pin=pin)
+        batches = [self._data.batch("train", *job, self._begin) for job in jobs]
+        return [batch.pin_memory() for batch in batches] if pin else batches
 
 
 def valid_batches(

@@ -13,6 +13,9 @@ or a little less where U lacks rank.
 Cost. The optimizer's floor is 22 bytes a weight (gradient 4, momentum 8, weight in fp32 8, its bf16 copy 2): 118 GB for
 the 5.3 G expert weights. Polar Express adds 5 (4 k^2 l + 2 k^3) FLOP a matrix, k = min(m, n), l = max(m, n):
 357 MFLOP for a 128 x 1024 expert, 14.4 TFLOP for all 40,448 of them; each of its steps moves three bf16 copies of X.
+
+On CUDA, matrices with a short side of 128 (`on_gram`) take the same steps on A = U U^T alone, which moves 28 bytes a
+weight in all (trainer/kernels/normuon.py); all others, and everything on a CPU, take the steps as written here.
 """
 
 from __future__ import annotations
@@ -63,14 +66,30 @@ def polar_express(U_Bmn: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Piece:
-    """Some matrices of one parameter: views of its weight, gradient and momentum [b, m, n] and of its row mean
-    squares [b, m].
+    """Some matrices of one parameter: views of its weight, gradient and momentum [b, m, n], of its row mean
+    squares [b, m] and, if it has one, of the weight's copy in another dtype [b, m, n].
     """
 
     weight: torch.Tensor
     grad: torch.Tensor
     momentum: torch.Tensor
     rows: torch.Tensor
+    copy: torch.Tensor | None = None
+
+
+def on_gram(piece: Piece, dtype: torch.dtype) -> bool:
+    """Whether the Triton kernels take matrices of this kind: on CUDA, fp32 with bf16 products, 128 on the short side
+    and a multiple of 128 on the long one (all experts of the full student), contiguous.
+    """
+    short, long = sorted(piece.weight.shape[1:])
+    tensors = [piece.weight, piece.grad, piece.momentum, piece.rows]
+    return (
+        piece.weight.is_cuda
+        and dtype == torch.bfloat16
+        and (short, long % 128) == (128, 0)
+        and all(of.dtype == torch.float32 and of.is_contiguous() for of in tensors)
+        and (piece.copy is None or (piece.copy.dtype == dtype and piece.copy.is_contiguous()))
+    )
 
 
 def update_pieces(
@@ -82,14 +101,19 @@ def update_pieces(
     eps: float,
     weight_decay: float,
     dtype: torch.dtype,
+    grad_scale: torch.Tensor | None = None,
 ) -> None:
-    """One step on matrices of one shape, as one batch. Changes weights, momenta and row mean squares in place."""
+    """One step on matrices of one shape, as one batch. Changes weights, their copies, momenta and row mean squares in
+    place. grad_scale: [] on the device, times which gradients are taken.
+    """
     m, n = pieces[0].weight.shape[1:]
     bounds = _bounds(pieces)
     U_Bmn = pieces[0].grad.new_empty(bounds[-1][1], m, n)
     for piece, (start, end) in zip(pieces, bounds, strict=True):
-        piece.momentum.lerp_(piece.grad, 1 - momentum)
-        torch.lerp(piece.grad, piece.momentum, momentum, out=U_Bmn[start:end])
+        grad = piece.grad if grad_scale is None else piece.grad * grad_scale
+        piece.momentum.lerp_(grad, 1 - momentum)
+        torch.lerp(grad, piece.momentum, momentum, out=U_Bmn[start:end])
+        del grad
     X_Bmn = polar_express(U_Bmn, dtype)
     del U_Bmn
     square_Bm = torch.linalg.vector_norm(X_Bmn, dim=-1, dtype=pieces[0].rows.dtype).square_()
@@ -99,6 +123,8 @@ def update_pieces(
         factor_bm = row_factors(piece.rows, square_bm, n, beta2, eps).mul_(scale)
         piece.weight.mul_(1 - lr * weight_decay)
         piece.weight.addcmul_(X_Bmn[start:end], factor_bm.unsqueeze(-1), value=-1)
+        if piece.copy is not None:
+            piece.copy.copy_(piece.weight)
 
 
 def row_factors(
@@ -122,9 +148,13 @@ class NorMuon(torch.optim.Optimizer):
     polar_dtype: of the products of Polar Express, bf16 on CUDA and fp32 on CPU. chunk_weights: matrices of one shape
     are worked on together up to this many weights. Raises ValueError for a parameter of any other rank.
 
+    grad_scale: every gradient is taken times this, a number or fp32 [] on the device; None: as it is. The gradients
+    themselves stay. copies: for a parameter a contiguous tensor of its shape that takes the new weights, in its dtype.
+    Both are attributes, to be set before a step; a scale holds until it is set again.
+
     No matrix takes part in another's update. On one CPU thread the result is bit by bit the same for any chunk size,
-    stacking and expert-parallel size; a GPU picks its kernels by the batch size, so there it repeats bit by bit only
-    for the same chunks.
+    stacking and expert-parallel size, and so it is for matrices `on_gram`; for others a GPU picks its kernels by the
+    batch size, so there it repeats bit by bit only for the same chunks.
     """
 
     def __init__(
@@ -140,6 +170,8 @@ class NorMuon(torch.optim.Optimizer):
         chunk_weights: int = CHUNK_WEIGHTS,
     ) -> None:
         self.polar_dtype, self.chunk_weights = polar_dtype, chunk_weights
+        self.grad_scale: float | torch.Tensor | None = None
+        self.copies: dict[torch.Tensor, torch.Tensor] = {}
         defaults = {"lr": lr, "momentum": momentum, "beta2": beta2, "eps": eps}
         super().__init__(params, defaults | {"weight_decay": weight_decay})
         for group in self.param_groups:
@@ -168,11 +200,25 @@ class NorMuon(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("NorMuon takes no closure")
         self.init_state()
+        scale = self._scale()
         for group in self.param_groups:
             names = ("lr", "momentum", "beta2", "eps", "weight_decay")
             settings = {name: group[name] for name in names}
             for pieces in self._chunks(group["params"]):
-                update_pieces(pieces, dtype=self.polar_dtype, **settings)
+                if all(on_gram(piece, self.polar_dtype) for piece in pieces):
+                    # Triton is there on CUDA alone.
+                    from trainer.kernels import normuon as kernels
+
+                    polar = (POLAR_EXPRESS, SAFETY, TINY)
+                    kernels.update_pieces(pieces, *polar, grad_scale=scale, **settings)
+                else:
+                    update_pieces(pieces, dtype=self.polar_dtype, grad_scale=scale, **settings)
+
+    def _scale(self) -> torch.Tensor | None:
+        if self.grad_scale is None or isinstance(self.grad_scale, torch.Tensor):
+            return self.grad_scale
+        device = self.param_groups[0]["params"][0].device
+        return torch.full((), self.grad_scale, dtype=torch.float32, device=device)
 
     def _chunks(self, parameters: list[torch.Tensor]) -> Iterator[list[Piece]]:
         """Matrices of one shape, in order of their parameters, at most chunk_weights (at least one matrix) at a
@@ -200,11 +246,13 @@ class NorMuon(torch.optim.Optimizer):
 
     def _piece(self, parameter: torch.Tensor) -> Piece:
         state, stack = self.state[parameter], (-1, *parameter.shape[-2:])
+        copy = self.copies.get(parameter)
         return Piece(
             parameter.view(stack),
             parameter.grad.view(stack),  # type: ignore[union-attr]
             state["momentum"].view(stack),
             state["row_second_moment"].view(-1, parameter.shape[-2]),
+            None if copy is None else copy.view(stack),
         )
 
 
@@ -214,6 +262,7 @@ def _slice(piece: Piece, start: int, end: int) -> Piece:
         piece.grad[start:end],
         piece.momentum[start:end],
         piece.rows[start:end],
+        None if piece.copy is None else piece.copy[start:end],
     )
 
 

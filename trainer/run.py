@@ -136,7 +136,7 @@ def step_line(step: int, steps: int, values: dict[str, float]) -> str:
     )
     phases = " ".join(
         f"{phase} {100 * values[f'seconds/{phase}'] / values['seconds/step']:.0f}%"
-        for phase in ("data", "forward", "backward", "optimizer")
+        for phase in ("data", "forward", "loss", "backward", "optimizer")
     )
     return (
         f"step {step}/{steps}  loss {values['loss/total']:.4f}  {losses}  "

@@ -70,10 +70,17 @@ def _state(trainer) -> State:
 
 
 def _local_square(trainer) -> tuple[float, float]:
-    """Sums of squares of the clipped gradients: of the experts of this rank, of all else."""
+    """Sums of squares of the clipped gradients: of the experts of this rank, of all else. NorMuon clips as it reads."""
+    scales = {
+        parameter: getattr(entry.optimizer, "grad_scale", 1.0)
+        for entry in trainer.optimizer.chained_optimizers
+        for parameter in entry.get_parameters()
+    }
     sums = [0.0, 0.0]
     for name, parameter in trainer.student.named_parameters():
-        sums[".mlp.experts." not in name] += float(parameter.main_grad.double().square().sum())
+        scale = scales[getattr(parameter, "main_param", parameter)]
+        square = scale**2 * float(parameter.main_grad.double().square().sum())
+        sums[".mlp.experts." not in name] += square
     return sums[0], sums[1]
 
 

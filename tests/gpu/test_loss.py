@@ -6,6 +6,15 @@ import pytest
 import torch
 from torch.nn import functional
 
+from tests.trainer.losses.lm_head_cases import (
+    check,
+    check_rows_of_likely_labels,
+    far_above,
+    likely_labels,
+    make_case,
+    with_heads,
+    with_kd,
+)
 from tests.trainer.losses.sampling import mixed_rows
 from trainer.batch import make_batch
 from trainer.losses.chunk import TokenTargets
@@ -74,9 +83,74 @@ def test_the_dense_float64_form(
     assert near_NV.gather(1, top_N[:, None]).all()
 
 
+@pytest.mark.parametrize(
+    ("entries", "tokens", "hidden", "vocab", "chunk"),
+    [
+        (0, 1, 64, 130, 100),
+        (1, 193, 72, 1000, 50),
+        (5, 600, 100, 4099, 256),  # rows of 200 bytes: by pointers
+        (20, 300, 1024, 20_011, 128),
+    ],
+)
+def test_the_kernels_at_any_size(
+    entries: int, tokens: int, hidden: int, vocab: int, chunk: int
+) -> None:
+    case = make_case(entries, tokens=tokens, hidden=hidden, vocab=vocab, device="cuda")
+    check(case, chunk)
+    check(with_kd(case), chunk)
+    if entries > 1:
+        check(with_heads(case, kl=False), chunk)
+        check(with_heads(case, kl=True), chunk)
+        of = with_heads(case, kl=True)
+        losses, top_N = fused_linear_eval(
+            of.hidden_TD, of.weight_VD, of.targets, chunk_tokens=chunk
+        )
+        torch.testing.assert_close(losses, of.run(torch.bfloat16, chunk)[1])
+        logits_NV = of.logits()
+        near_NV = logits_NV >= logits_NV.amax(dim=1, keepdim=True) - 1e-4
+        assert near_NV.gather(1, top_N[:, None]).all()
+
+
+def test_rows_far_above_their_label_are_computed_again() -> None:
+    case = far_above(make_case(1, tokens=500, hidden=64, vocab=5000, device="cuda"))
+    logits_NV = case.logits()
+    above_N = logits_NV.amax(dim=1) - logits_NV.gather(1, case.targets.labels_N[:, None])[:, 0]
+    assert (above_N > 90).any() and (above_N < 20).any()
+    check(case, 300, atol=1e-3)  # logits of several hundred
+
+
+def test_a_likely_label_keeps_its_gradient() -> None:
+    case = likely_labels(make_case(0, scale=0.5, device="cuda"))
+    check(case)
+    check_rows_of_likely_labels(case)
+
+
+def test_a_step_in_bf16_can_be_captured_in_a_graph() -> None:
+    hidden_TD, weight_VD, targets, of = make_inputs(512, 64, 20_011, 24, torch.bfloat16)
+
+    def step() -> tuple[torch.Tensor, ...]:
+        loss, _ = fused_linear_loss(hidden_TD, weight_VD, targets, of, chunk_tokens=200)
+        return loss.detach(), *torch.autograd.grad(loss, (hidden_TD, weight_VD))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        hidden_TD.mul_(-1.5)
+    graph.replay()
+    for one, other in zip(captured, step(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_is_the_chunk_and_the_gradients(dtype: torch.dtype) -> None:
-    """Above the inputs: one chunk of float32 logits and its narrow copy, the gradients, and rows of hidden size."""
+    """Above the inputs: a chunk of e in bf16, or of float32 logits, the gradients, and rows of hidden size."""
     num_tokens, hidden, vocab, chunk = 4096, 256, 201_088, 256
     inputs = make_inputs(num_tokens, hidden, vocab, 16, dtype)
     torch.cuda.synchronize()
@@ -87,13 +161,12 @@ def test_memory_is_the_chunk_and_the_gradients(dtype: torch.dtype) -> None:
     loss.backward()
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
-    narrow = dtype.itemsize if dtype != torch.float32 else 0
-    buffers = chunk * vocab * (4 + narrow)
     weight_gradient = vocab * hidden * 4
     rows = 4 * num_tokens * hidden * 4 + 64 * MIB
-    assert forward_peak < buffers + weight_gradient + rows
-    # The backward pass scales the weight's gradient into a new tensor, and narrows it.
-    assert peak < max(forward_peak, 2 * weight_gradient + vocab * hidden * narrow + rows) + rows
+    assert forward_peak < chunk * vocab * dtype.itemsize + weight_gradient + rows
+    # The backward pass scales the weight's gradient into a new tensor of its dtype.
+    scaled = weight_gradient + vocab * hidden * dtype.itemsize
+    assert peak < max(forward_peak, scaled + rows) + rows
     full_logits = num_tokens * vocab * 4
     assert peak < full_logits / 3
 
@@ -111,6 +184,7 @@ def test_two_runs_are_bitwise_equal() -> None:
 CONFIDENCE = {"m": -3.0, "tau": 1.0, "w_min": 0.1, "w_max": 2.0}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "config",
     [
@@ -120,10 +194,12 @@ CONFIDENCE = {"m": -3.0, "tau": 1.0, "w_min": 0.1, "w_max": 2.0}
     ],
     ids=["kd", "policy_gradient", "reverse_kl"],
 )
-def test_a_step_never_waits_for_the_device(config: LossConfig | PolicyLossConfig) -> None:
+def test_a_step_never_waits_for_the_device(
+    config: LossConfig | PolicyLossConfig, dtype: torch.dtype
+) -> None:
     batch = make_batch(*zip(*mixed_rows(3, 40, 97), strict=True)).pin_memory().to("cuda")
-    hidden_BTD = torch.randn(3, 40, 16, device="cuda", requires_grad=True)
-    weight_VD = torch.randn(97, 16, device="cuda", requires_grad=True)
+    hidden_BTD = torch.randn(3, 40, 16, device="cuda", dtype=dtype, requires_grad=True)
+    weight_VD = torch.randn(97, 16, device="cuda", dtype=dtype, requires_grad=True)
     torch.cuda.set_sync_debug_mode("error")
     try:
         loss, sums_CM = batch_loss(hidden_BTD, weight_VD, batch, span_counts(batch), config)

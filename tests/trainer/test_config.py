@@ -59,7 +59,7 @@ def test_the_locked_student_has_its_parameters() -> None:
         ("student.hiden=32", "did you mean 'hidden'?"),
         ("optimiser.lr=1", "did you mean 'optimizer'?"),
         ("core_attention=flex", "set it to dense"),
-        ("expert_compute=grouped_mm", "set it to loop"),
+        ("expert_compute=triton", "set it to loop"),
         ("transformer_impl=transformer_engine", "set it to local"),
         ("student.router.groups=3", "experts must be a multiple of router.groups"),
         ("student.layers=5", "layers must be a multiple of global_every"),
@@ -102,6 +102,8 @@ _TENSOR = ("parallel.tensor=2", "parallel.expert=2", "parallel.sequence_parallel
         (_TENSOR, r"optimizer\.normuon.* not supported; set parallel\.tensor=1"),
         ((*_TENSOR, "student.kv_groups=1"), r"student\.kv_groups=1.*divisor"),
         (("parallel.expert=3",), r"student\.experts=256.*divisor"),
+        ((*_TENSOR, "optimizer.normuon=null"), r"compiled with parallel\.tensor=2.*=local"),
+        (("parallel.expert=2",), r"cuda_graph with parallel\.expert=2.*cuda_graph=false"),
     ],
 )
 def test_parts_of_the_student_are_refused_in_layouts_where_they_do_not_work(
@@ -111,7 +113,22 @@ def test_parts_of_the_student_are_refused_in_layouts_where_they_do_not_work(
         check_run(load_config(KDConfig, BASE, overrides))
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("recompute=true", "cuda_graph and recompute exclude each other"),
+        ("transformer_impl=local", "cuda_graph needs transformer_impl: compiled"),
+        ("expert_compute=loop", "cuda_graph needs transformer_impl: compiled and expert_compute"),
+        ("core_attention=dense", "compiled needs core_attention: flex"),
+    ],
+)
+def test_fast_paths_that_do_not_go_together_are_refused(override, said) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_config(KDConfig, BASE, (override,))
+
+
 def test_supported_layouts_pass() -> None:
     check_layout(ParallelConfig(expert=8))
     check_layout(ParallelConfig(tensor=2, expert=4, sequence_parallel=True))
-    check_run(load_config(KDConfig, BASE, (*_TENSOR, "optimizer.normuon=null")))
+    plain = ("transformer_impl=local", "cuda_graph=false", "optimizer.normuon=null")
+    check_run(load_config(KDConfig, BASE, (*_TENSOR, *plain)))

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +20,7 @@ from datastore.reader import Dataset, TargetStore
 from tests.datastore import conftest as made
 from tests.trainer.megatron.tiny import tiny_config
 from trainer.data import Loader, RunData, valid_batches
+from trainer.readers import ReaderProcesses
 
 SEQ_LEN = 288
 
@@ -174,3 +182,123 @@ def test_another_vocabulary_is_refused(dataset) -> None:
 def test_targets_outside_the_budget_are_refused(dataset) -> None:
     with pytest.raises(AlignmentError, match="error budget"):
         RunData.open(_config(dataset, budget={"min_head_mass": 0.999999}))
+
+
+@pytest.fixture
+def loading() -> Iterator[list[Loader]]:
+    """Loaders put here are closed."""
+    loaders: list[Loader] = []
+    yield loaders
+    for loader in loaders:
+        loader.close()
+
+
+def _loader(dataset: Path, readers: int, **batch: int) -> Loader:
+    config = _config(dataset, batch=batch or {"global_batch_size": 4, "micro_batch_size": 1})
+    data = RunData.open(config)
+    stream = data.stream(config)
+    device = torch.device("cpu")
+    return Loader(data, stream, config, dp_rank=0, dp_size=1, device=device, readers=readers)
+
+
+@pytest.mark.parametrize("readers", [1, 3])
+def test_reader_processes_give_what_a_thread_gives(partial, loading, readers: int) -> None:
+    """Every tensor of every micro-batch, bit by bit, in order; memory grows with the second, larger loader's."""
+    for micro in (1, 2):
+        ways = [
+            _loader(partial, of, global_batch_size=4, micro_batch_size=micro) for of in (0, readers)
+        ]
+        loading += ways
+        for _ in range(3):
+            here, there = (way.next() for way in ways)
+            for way in ways:
+                way.finished()
+            assert len(here) == len(there) == 4 // micro
+            for one, other in zip(here, there, strict=True):
+                for field in dataclasses.fields(one):
+                    mine, theirs = getattr(one, field.name), getattr(other, field.name)
+                    assert mine.dtype == theirs.dtype, field.name
+                    assert torch.equal(mine, theirs), field.name
+
+
+def test_batches_outlive_the_memory_that_they_were_read_into(dataset, loading) -> None:
+    loader = _loader(dataset, 1)
+    loading.append(loader)
+    first = loader.next()
+    kept = [batch.tokens_BT.clone() for batch in first]
+    for _ in range(2):
+        loader.finished()
+        loader.next()
+    loader.close()
+    assert all(torch.equal(batch.tokens_BT, mine) for batch, mine in zip(first, kept, strict=True))
+
+
+def test_what_a_reader_process_finds_is_told_with_its_row(dataset, loading, tmp_path) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(dataset, folder)
+    loader = _loader(folder, 2)
+    loading.append(loader)
+    assert loader.problem(60) is None
+    loader.next()
+    assert loader.problem(60) is None
+    for path in (folder / "train").glob("*.arrow"):
+        os.truncate(path, path.stat().st_size - 8)
+    loader.finished()
+    loader.next()
+    loader.finished()
+    problem = loader.problem(60)
+    assert problem is not None and "wrong size" in problem
+    assert problem.startswith("cannot read train row ") and "of step 3: shard " in problem
+
+
+def test_a_reader_process_that_dies_is_told(dataset, loading) -> None:
+    loader = _loader(dataset, 2)
+    loading.append(loader)
+    assert loader.problem(60) is None
+    os.kill(loader._readers.pids()[1], signal.SIGKILL)
+    loader.next()
+    problem = loader.problem(60)
+    assert problem is not None and "a reader process died; got exit code -9" in problem
+
+
+def test_a_reader_process_that_stands_still_is_waited_for_and_can_be_ended(
+    dataset, loading
+) -> None:
+    loader = _loader(dataset, 1)
+    loading.append(loader)
+    assert loader.problem(60) is None
+    os.kill(loader._readers.pids()[0], signal.SIGSTOP)
+    loader.next()
+    problem = loader.problem(0.2)
+    assert problem is not None and problem.startswith("has waited 0.2 s for train row ")
+    loader.close()
+    problem = loader.problem(60)
+    assert problem is not None and "a reader process died" in problem
+    _until(lambda: not any(t.name == "reader" and t.is_alive() for t in threading.enumerate()))
+
+
+def _until(condition) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_reader_processes_end_with_their_loader(dataset) -> None:
+    """Also one that nobody closed: its pipe ends when the loader is collected."""
+    loader = _loader(dataset, 1)
+    assert loader.problem(60) is None
+    process = loader._readers._processes[0]._process
+    del loader
+    _until(lambda: process.poll() is not None)
+    assert process.returncode == 0
+
+
+def test_a_dataset_replaced_under_a_run_stops_its_readers(dataset, tmp_path) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(dataset, folder)
+    opened = Dataset.open(folder)
+    shutil.rmtree(folder)
+    made.three_a_row(folder, 3 * SEQ_LEN)
+    with pytest.raises(FormatError, match="was replaced"):
+        ReaderProcesses(opened, None, count=1)

@@ -178,3 +178,33 @@ def test_the_state_is_a_momentum_and_one_number_a_row() -> None:
 def test_a_vector_is_refused() -> None:
     with pytest.raises(ValueError, match=r"got \[5\]"):
         NorMuon([torch.nn.Parameter(torch.zeros(5))], 0.1, polar_dtype=torch.float32)
+
+
+def test_a_scale_on_gradients_is_that_of_the_gradients() -> None:
+    """A number or a tensor; the gradients stay as they are. A quarter is exact."""
+    weights, (grads, *_) = _made(torch.float32, 1)
+    ends = []
+    for factor, scale in ((0.25, None), (1.0, 0.25), (1.0, torch.tensor(0.25))):
+        parameters = [torch.nn.Parameter(weight.clone()) for weight in weights]
+        optimizer = NorMuon(parameters, polar_dtype=torch.float32, **SETTINGS)
+        optimizer.grad_scale = scale
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad * factor
+        optimizer.step()
+        for parameter, grad in zip(parameters, grads, strict=True):
+            assert torch.equal(parameter.grad, grad * factor)
+        ends.append([parameter.detach() for parameter in parameters])
+    for end in ends[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(ends[0], end, strict=True))
+
+
+def test_copies_take_the_new_weights() -> None:
+    weights, (grads, *_) = _made(torch.float32, 1)
+    parameters = [torch.nn.Parameter(weight) for weight in weights]
+    optimizer = NorMuon(parameters, polar_dtype=torch.float32, chunk_weights=240, **SETTINGS)
+    optimizer.copies = {of: torch.zeros_like(of, dtype=torch.bfloat16) for of in parameters[:-1]}
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = grad
+    optimizer.step()
+    for parameter, copy in optimizer.copies.items():
+        assert torch.equal(copy, parameter.detach().bfloat16())

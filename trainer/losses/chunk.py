@@ -30,7 +30,7 @@ from trainer.losses.coefficients import Coefficients
 # Least log mass of the teacher's bucket: e^-16 is the step of float32 at 1, below which "1 - head" is rounding alone. A
 # larger p in the bucket lowers the KL, so it remains a lower bound.
 LOG_TAIL_FLOOR = -16.0
-_NO_ID = torch.iinfo(torch.int64).max
+NO_ID = torch.iinfo(torch.int64).max
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class TokenTargets:
 
 
 @dataclass(frozen=True)
-class _HeadChunk:
+class HeadChunk:
     """The heads of a chunk's positions on this rank: exp_CK = e of head ids, 0 in other entries.
 
     known_C: bool, a position with a head. excess_CK, tail_excess_C: f of the head ids and of the bucket. kl_C: KL.
@@ -138,7 +138,7 @@ class SoftmaxChunk:
     label_here_C1: torch.Tensor
     entry_rows_CK: torch.Tensor
     entry_weights_CK: torch.Tensor
-    heads: _HeadChunk | None
+    heads: HeadChunk | None
 
     def subtract_targets(self, of: Coefficients) -> torch.Tensor:
         """Turn exp_CW in place into dL/dz up to a factor a row, and return that factor [C]. of: settled."""
@@ -199,7 +199,7 @@ def softmax_chunk(
 
 
 @dataclass(frozen=True)
-class _TakenHeads:
+class TakenHeads:
     """e of this rank's head ids, moved out of the buffer, and z - max - log p of each; 0 in other entries."""
 
     exp_CK: torch.Tensor
@@ -215,7 +215,7 @@ class _TakenHeads:
         tail_sum_C: torch.Tensor,
         head_sum_C: torch.Tensor,
         head_dot_C: torch.Tensor,
-    ) -> _HeadChunk:
+    ) -> HeadChunk:
         """The chunk's KL, from the sums over all ranks of e in the bucket and of `sums`."""
         sum_C = tail_sum_C + head_sum_C
         log_sum_C, known_C = sum_C.log(), heads.num_head_N > 0
@@ -224,7 +224,7 @@ class _TakenHeads:
         # A bucket of student mass 0 adds q log q = 0 to the KL and has no gradient.
         tail_excess_C = torch.where(tail_sum_C > 0, tail_sum_C.log() - log_sum_C - log_p_C, 0)
         kl_C = head_dot_C - head_sum_C * log_sum_C + tail_sum_C * tail_excess_C
-        return _HeadChunk(
+        return HeadChunk(
             known_C=known_C,
             exp_CK=self.exp_CK,
             excess_CK=self.excess_CK - log_sum_C[:, None],
@@ -233,25 +233,30 @@ class _TakenHeads:
         )
 
 
+def head_entries(entry_weights_CK: torch.Tensor, heads: HeadTargets) -> torch.Tensor:
+    """Which entries are head ids of this rank, bool [C, K]. entry_weights_CK: 0 where the id lives elsewhere."""
+    columns_K = torch.arange(entry_weights_CK.shape[1], device=entry_weights_CK.device)
+    return (columns_K < heads.num_head_N[:, None]) & (entry_weights_CK > 0)
+
+
 def _take_heads(
     exp_CW: torch.Tensor,
     entry_rows_CK: torch.Tensor,
     above_max_CK: torch.Tensor,
     entry_weights_CK: torch.Tensor,
     heads: HeadTargets,
-) -> _TakenHeads:
+) -> TakenHeads:
     """Move e of the head ids out of exp_CW: what remains sums to the bucket without the cancellation of 1 - head."""
-    columns_K = torch.arange(entry_weights_CK.shape[1], device=exp_CW.device)
-    is_head_CK = (columns_K < heads.num_head_N[:, None]) & (entry_weights_CK > 0)
+    is_head_CK = head_entries(entry_weights_CK, heads)
     exp_CK = torch.where(is_head_CK, exp_CW.gather(1, entry_rows_CK), 0)
     exp_CW.scatter_add_(1, entry_rows_CK, -exp_CK)
     excess_CK = torch.where(is_head_CK, above_max_CK - entry_weights_CK.log(), 0)
-    return _TakenHeads(exp_CK, excess_CK)
+    return TakenHeads(exp_CK, excess_CK)
 
 
 def top_ids(logits_CW: torch.Tensor, shard: VocabShard) -> torch.Tensor:
     """Global id of the largest logit of each row; the lowest such id between ranks."""
     best = logits_CW.max(dim=1)
     max_C = shard.all_reduce(best.values.clone(), dist.ReduceOp.MAX)
-    ids_C = torch.where(best.values == max_C, best.indices + shard.start, _NO_ID)
+    ids_C = torch.where(best.values == max_C, best.indices + shard.start, NO_ID)
     return shard.all_reduce(ids_C, dist.ReduceOp.MIN)

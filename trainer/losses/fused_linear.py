@@ -12,6 +12,9 @@ the incoming gradient in the backward pass (the idea of Liger Kernel's fused lin
 The chunk's buffer holds z, then e = exp(z - max), then dL/dz up to a factor a row; that factor is applied to
 the small operands of the products instead of the buffer.
 
+One rule names the form: bf16 on CUDA takes the kernels (trainer/losses/exp_chunk.py), which write e in bf16 and never
+z; all else takes torch's operations (trainer/losses/chunk.py), the reference.
+
 Numbers: logits, losses and the weight's gradient are float32 (float64 for float64 inputs). bf16 operands stay bf16
 in the three products on CUDA, which accumulate and return float32; elsewhere they are widened first.
 """
@@ -20,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -34,6 +37,9 @@ from trainer.losses.chunk import (
     top_ids,
 )
 from trainer.losses.coefficients import Coefficients, Losses
+
+if TYPE_CHECKING:
+    from trainer.losses.exp_chunk import ExpChunk
 
 
 def fused_linear_loss(
@@ -81,9 +87,12 @@ def fused_linear_eval(
     hidden_ND, head_WD, dtype = _operands(hidden_TD.index_select(0, targets.index_N), weight_WD)
     losses = _empty_losses(hidden_ND, dtype, targets)
     top_N = torch.empty_like(targets.index_N)
-    for rows, logits_CW in _logits_chunks(hidden_ND, head_WD, dtype, chunk_tokens):
-        top_N[rows] = top_ids(logits_CW, shard)
-        _store(losses, rows, softmax_chunk(logits_CW, targets[rows], shard))
+    for rows, chunk, top_C in _chunks(
+        hidden_ND, head_WD, dtype, targets, shard, chunk_tokens, keep=False, top=True
+    ):
+        _store(losses, rows, chunk)
+        if top_C is not None:
+            top_N[rows] = top_C
     return losses, top_N
 
 
@@ -102,12 +111,13 @@ class _FusedLinearLoss(torch.autograd.Function):
         hidden_ND, head_WD, dtype = _operands(hidden_TD.index_select(0, targets.index_N), weight_WD)
         # ctx.needs_input_grad does not know of torch.no_grad().
         needs = [grad_enabled and need for need in ctx.needs_input_grad[:2]]
-        gradients = _Gradients.zeros(hidden_ND, head_WD, dtype, *needs)
+        gradients = _Gradients.empty(hidden_ND, head_WD, dtype, *needs)
         losses = _empty_losses(hidden_ND, dtype, targets)
-        for rows, logits_CW in _logits_chunks(hidden_ND, head_WD, dtype, chunk_tokens):
-            chunk = softmax_chunk(logits_CW, targets[rows], shard)
+        for rows, chunk, _ in _chunks(
+            hidden_ND, head_WD, dtype, targets, shard, chunk_tokens, keep=any(needs)
+        ):
             _store(losses, rows, chunk)
-            if any(needs):
+            if chunk.exp_CW is not None and any(needs):
                 scale_C = chunk.subtract_targets(coefficients[rows].settled(chunk.ce_C))
                 gradients.add(rows, chunk.exp_CW, scale_C, hidden_ND, head_WD)
         if gradients.hidden_ND is not None:
@@ -127,19 +137,22 @@ class _FusedLinearLoss(torch.autograd.Function):
             grad_hidden_TD = scaled_ND.new_zeros((ctx.num_tokens, scaled_ND.shape[1]))
             grad_hidden_TD.index_copy_(0, index_N, scaled_ND)
         if grad_weight_WD is not None:
-            grad_weight = (grad_weight_WD * grad_loss).to(ctx.dtype)
+            grad_weight = _scaled(grad_weight_WD, grad_loss, ctx.dtype)
         return grad_hidden_TD, grad_weight, *(None,) * 5
 
 
 @dataclass(frozen=True)
 class _Gradients:
-    """Sums of the gradients over the chunks so far, in the dtype of the logits; None where not needed."""
+    """Sums of the gradients over the chunks so far, in the dtype of the logits; None where not needed.
+
+    The first chunk writes the weight's, 0.8 GB at full size, without reading it; without chunks it is 0.
+    """
 
     hidden_ND: torch.Tensor | None
     weight_WD: torch.Tensor | None
 
     @classmethod
-    def zeros(
+    def empty(
         cls,
         hidden_ND: torch.Tensor,
         head_WD: torch.Tensor,
@@ -147,9 +160,10 @@ class _Gradients:
         needs_hidden: bool,
         needs_weight: bool,
     ) -> _Gradients:
+        new_weight = torch.empty_like if len(hidden_ND) else torch.zeros_like
         return cls(
             hidden_ND=torch.empty_like(hidden_ND, dtype=dtype) if needs_hidden else None,
-            weight_WD=torch.zeros_like(head_WD, dtype=dtype) if needs_weight else None,
+            weight_WD=new_weight(head_WD, dtype=dtype) if needs_weight else None,
         )
 
     def add(
@@ -167,7 +181,10 @@ class _Gradients:
             self.hidden_ND[rows] *= scale_C1
         if self.weight_WD is not None:
             scaled_CD = (hidden_ND[rows] * scale_C1).to(head_WD.dtype)
-            _addmm(self.weight_WD, residual_CW.t(), scaled_CD)
+            if rows.start == 0:
+                _mm(residual_CW.t(), scaled_CD, out=self.weight_WD)
+            else:
+                _addmm(self.weight_WD, residual_CW.t(), scaled_CD)
 
 
 def _empty_losses(hidden_ND: torch.Tensor, dtype: torch.dtype, targets: TokenTargets) -> Losses:
@@ -175,10 +192,15 @@ def _empty_losses(hidden_ND: torch.Tensor, dtype: torch.dtype, targets: TokenTar
     return Losses(ce_N, kd_N, None if targets.heads is None else kl_N)
 
 
-def _store(losses: Losses, rows: slice, chunk: SoftmaxChunk) -> None:
+def _store(losses: Losses, rows: slice, chunk: SoftmaxChunk | ExpChunk) -> None:
     losses.ce_N[rows], losses.kd_N[rows] = chunk.ce_C, chunk.kd_C
     if losses.kl_N is not None and chunk.heads is not None:
         losses.kl_N[rows] = chunk.heads.kl_C
+
+
+def _by_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """The rule: bf16 on CUDA."""
+    return device.type == "cuda" and dtype == torch.bfloat16
 
 
 def _operands(
@@ -187,9 +209,37 @@ def _operands(
     """The operands of the products, and the dtype of the logits."""
     assert hidden_ND.dtype == weight_WD.dtype, (hidden_ND.dtype, weight_WD.dtype)
     dtype = torch.float64 if weight_WD.dtype == torch.float64 else torch.float32
-    if weight_WD.is_cuda:
+    if weight_WD.is_cuda or _by_kernels(weight_WD.device, weight_WD.dtype):
         return hidden_ND, weight_WD, dtype
     return hidden_ND.to(dtype), weight_WD.to(dtype), dtype
+
+
+def _chunks(
+    hidden_ND: torch.Tensor,
+    head_WD: torch.Tensor,
+    dtype: torch.dtype,
+    targets: TokenTargets,
+    shard: VocabShard,
+    chunk_tokens: int,
+    *,
+    keep: bool,
+    top: bool = False,
+) -> Iterator[tuple[slice, SoftmaxChunk | ExpChunk, torch.Tensor | None]]:
+    """Rows of a chunk, its softmax and, with `top`, its most probable ids, all in one buffer.
+
+    keep: the exponentials are wanted.
+    """
+    if _by_kernels(head_WD.device, head_WD.dtype):
+        from trainer.losses.exp_chunk import exp_chunks  # needs Triton
+
+        for rows, chunk in exp_chunks(
+            hidden_ND, head_WD, targets, shard, chunk_tokens, keep=keep, top=top
+        ):
+            yield rows, chunk, chunk.top_C
+        return
+    for rows, logits_CW in _logits_chunks(hidden_ND, head_WD, dtype, chunk_tokens):
+        top_C = top_ids(logits_CW, shard) if top else None
+        yield rows, softmax_chunk(logits_CW, targets[rows], shard), top_C
 
 
 def _logits_chunks(
@@ -203,6 +253,15 @@ def _logits_chunks(
         logits_CW = buffer_CW[: rows.stop - rows.start]
         _mm(hidden_ND[rows], head_WD.t(), out=logits_CW)
         yield rows, logits_CW
+
+
+def _scaled(values: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """values * factor in `dtype`; by the kernels in one pass, without a product in float32 beside them."""
+    if _by_kernels(values.device, dtype):
+        from trainer.kernels.lm_head_slots import scaled_bf16  # needs Triton
+
+        return scaled_bf16(values, factor)
+    return (values * factor).to(dtype)
 
 
 def _mm(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor) -> None:

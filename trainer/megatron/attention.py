@@ -27,14 +27,10 @@ from megatron.core.transformer.utils import (
     is_layer_window_attention,
     make_sharded_tensors_for_checkpoint,
 )
-from torch.nn.attention.flex_attention import (
-    AuxRequest,
-    BlockMask,
-    create_block_mask,
-    flex_attention,
-)
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 Backend = Literal["flex", "dense"]
+BLOCK = 128  # positions of a block of FlexAttention's masks, queries and keys alike
 Index = torch.Tensor
 MaskFunction = Callable[[Index, Index, Index, Index], torch.Tensor]
 ScoreFunction = Callable[[torch.Tensor, Index, Index, Index, Index], torch.Tensor]
@@ -50,6 +46,48 @@ def visible(document_BS: torch.Tensor, window: int | None) -> MaskFunction:
         return (j <= i) & (i - j < window) & (document_BS[b, i] == document_BS[b, j])
 
     return causal_in_document if window is None else causal_in_window
+
+
+def document_blocks(document_BS: torch.Tensor, window: int | None) -> BlockMask:
+    """FlexAttention's block mask of `visible`, from where documents begin: no pass over S x S pairs, no host wait.
+
+    The positions that i sees are those from low(i) to i, low(i) the first of its document or of its window, which never
+    falls along a row. So block I sees block J where low of I's first position is at most J's last, and all pairs of the
+    two (no mask to evaluate) where J lies before I and low of I's last position is at most J's first.
+    """
+    S, device = document_BS.shape[1], document_BS.device
+    place_S = torch.arange(S, dtype=torch.int32, device=device)
+    begins_BS = torch.ones_like(document_BS, dtype=torch.bool)
+    begins_BS[:, 1:] = document_BS[:, 1:] != document_BS[:, :-1]
+    low_BS = torch.where(begins_BS, place_S, 0).cummax(dim=1).values
+    if window is not None:
+        low_BS = torch.maximum(low_BS, place_S - (window - 1))
+    first_N = torch.arange(0, S, BLOCK, device=device)
+    last_N = (first_N + (BLOCK - 1)).clamp(max=S - 1)
+    before_NN = first_N[None, :] < first_N[:, None]
+    sees_BNN = before_NN & (low_BS[:, first_N, None] <= last_N)
+    whole_BNN = before_NN & (low_BS[:, last_N, None] <= first_N)
+    part_BNN = sees_BNN & ~whole_BNN | (first_N[None, :] == first_N[:, None])
+    return BlockMask(
+        (S, S),
+        *_listed(part_BNN),
+        *_listed(whole_BNN),
+        *_listed(part_BNN.mT),
+        *_listed(whole_BNN.mT),
+        BLOCK_SIZE=(BLOCK, BLOCK),
+        mask_mod=visible(document_BS, window),
+    )
+
+
+def _listed(blocks_BNM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many blocks of each line are set, [B, 1, N], and their numbers first, ascending, [B, 1, N, M]; int32.
+
+    FlexAttention's kernels take them for contiguous: argsort of a transposed view would hand on its strides.
+    """
+    order_BNM = blocks_BNM.to(torch.int8, memory_format=torch.contiguous_format).argsort(
+        dim=-1, descending=True, stable=True
+    )
+    return blocks_BNM.sum(-1, dtype=torch.int32)[:, None], order_BNM.to(torch.int32)[:, None]
 
 
 @functools.cache
@@ -103,11 +141,7 @@ class PackedRows(PackedSeqParams):
     def block_mask(self, window: int | None) -> BlockMask:
         """FlexAttention's block mask."""
         if ("flex", window) not in self.masks:
-            B, S = self.document_BS.shape
-            function = visible(self.document_BS, window)
-            self.masks["flex", window] = _compiled_block_mask()(
-                function, B, None, S, S, device=self.document_BS.device
-            )
+            self.masks["flex", window] = document_blocks(self.document_BS, window)
         return self.masks["flex", window]
 
     def dense_mask(self, window: int | None) -> torch.Tensor:
@@ -159,13 +193,37 @@ def flexible_attention(
     score_function: ScoreFunction | None,
     scale: float,
 ) -> torch.Tensor:
-    """The same on CUDA by FlexAttention, the sink applied through the logsumexp. Returns [B, H, S, D]."""
-    out_BHSD, aux = _compiled_flex()(
+    """The same functions in FlexAttention's kernel; the sink scales the output by sigmoid(lse - b_h)."""
+    return flexible_scores(
+        q_BHSD,
+        k_BGSD,
+        v_BGSD,
+        sink_H,
+        rows.block_mask(window),
+        score_function=score_function,
+        scale=scale,
+        flex=_compiled_flex(),
+    )
+
+
+def flexible_scores(
+    q_BHSD: torch.Tensor,
+    k_BGSD: torch.Tensor,
+    v_BGSD: torch.Tensor,
+    sink_H: torch.Tensor,
+    mask: BlockMask,
+    *,
+    score_function: ScoreFunction | None,
+    scale: float,
+    flex: Any = flex_attention,
+) -> torch.Tensor:
+    """`flexible_attention` of a mask; flex: FlexAttention, compiled unless the caller is. Returns [B, H, S, D]."""
+    out_BHSD, aux = flex(
         q_BHSD,
         k_BGSD,
         v_BGSD,
         score_mod=score_function,
-        block_mask=rows.block_mask(window),
+        block_mask=mask,
         scale=scale,
         enable_gqa=q_BHSD.shape[1] != k_BGSD.shape[1],
         return_aux=AuxRequest(lse=True),
@@ -201,6 +259,7 @@ class CoreAttention(MegatronModule):
             None if local else alibi(config.num_attention_heads, heads * self.tp_group.rank())
         )
         self.scale = config.kv_channels**-0.5
+        self.backend = backend
         self.kernel = flexible_attention if backend == "flex" else dense_attention
         # Drawn for every head and sliced: the values, and all drawn after them, do not depend on the TP size.
         sink = torch.empty(config.num_attention_heads, device=torch.cuda.current_device())
@@ -251,8 +310,3 @@ def _indices(
 @functools.cache
 def _compiled_flex() -> Any:
     return torch.compile(flex_attention)
-
-
-@functools.cache
-def _compiled_block_mask() -> Any:
-    return torch.compile(create_block_mask)

@@ -24,16 +24,17 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-Compute = Literal["grouped_mm", "loop"]
-_LANES = 8  # grouped_mm wants 16-byte rows: a column more is eight bf16 columns more
+from trainer.megatron.dispatch import Slots, gather_gates, gather_rows, sort_slots, sum_slots
+
+Compute = Literal["triton", "loop"]
 
 
 class RoutedExperts(MegatronModule):
     """The experts of this rank as four batched parameters.
 
     fc1_weight [E, F, D], fc1_bias [E, F], fc2_weight [E, D, F], fc2_bias [E, D]. Initial values are drawn for all
-    experts and sliced, so they do not depend on the expert-parallel size. `grouped_mm` is one launch per product
-    (bf16, CUDA); `loop` is the plain form for any device and dtype, and its reference.
+    experts and sliced, so they do not depend on the expert-parallel size. compute: `triton` is one launch per product
+    (bf16, CUDA; trainer/kernels/experts.py), `loop` the plain form for any device and dtype, and its reference.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class RoutedExperts(MegatronModule):
     ) -> None:
         super().__init__(config)
         self.groups = pg_collection
-        self.compute = _grouped if compute == "grouped_mm" else _loop
+        self.compute = compute
         D, F = config.hidden_size, config.moe_ffn_hidden_size
         self.fc1_weight = self._parameter(num_local_experts, (F, D), config.init_method)
         self.fc1_bias = self._parameter(num_local_experts, (F,), torch.nn.init.zeros_)
@@ -56,11 +57,31 @@ class RoutedExperts(MegatronModule):
         self.fc2_bias = self._parameter(num_local_experts, (D,), torch.nn.init.zeros_)
 
     def forward(
-        self, x_ND: torch.Tensor, rows_E: torch.Tensor, gate_N: torch.Tensor
+        self,
+        x_TD: torch.Tensor,
+        gates_TK: torch.Tensor,
+        slots: Slots,
+        base_TD: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Rows sorted by expert, rows_E of them for each; returns the gated outputs [N, D]."""
+        """base (nothing for None) + the gated outputs of every token's slots, [T, D]; slots: of `sort`."""
         parameters = (self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
-        return self.compute(x_ND, rows_E, gate_N, *parameters)
+        if self.compute == "triton":
+            from trainer.kernels.experts import fused_experts
+
+            return fused_experts(x_TD, gates_TK, slots, base_TD, *parameters)
+        y_ND = _loop(
+            gather_rows(x_TD, slots), slots.rows_E, gather_gates(gates_TK, slots), *parameters
+        )
+        out_TD = sum_slots(y_ND, slots)
+        return out_TD if base_TD is None else base_TD + out_TD
+
+    def sort(self, experts_TK: torch.Tensor, num_experts: int) -> Slots:
+        """Where each slot of each token goes, as `forward` and `gather_rows` take it."""
+        if self.compute == "triton":
+            from trainer.kernels import dispatch
+
+            return dispatch.sort_slots(experts_TK, num_experts)
+        return sort_slots(experts_TK, num_experts)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -128,104 +149,6 @@ def _loop(
         ]
     )
     return (y_ND * gate_N.unsqueeze(-1)).to(x_ND.dtype)
-
-
-def _grouped(
-    x_ND: torch.Tensor,
-    rows_E: torch.Tensor,
-    gate_N: torch.Tensor,
-    fc1_EFD: torch.Tensor,
-    bias1_EF: torch.Tensor,
-    fc2_EDF: torch.Tensor,
-    bias2_ED: torch.Tensor,
-) -> torch.Tensor:
-    if x_ND.shape[0] == 0:
-        # Expert parallelism can leave a rank without a row, and grouped_mm refuses such strides in its backward pass.
-        return _loop(x_ND, rows_E, gate_N, fc1_EFD, bias1_EF, fc2_EDF, bias2_ED)
-    rows_E = rows_E.to(x_ND.device, torch.int32)
-    ends_E = rows_E.cumsum(0, dtype=torch.int32)
-    expert_N = torch.repeat_interleave(rows_E, output_size=x_ND.shape[0])
-    grouped_mm = torch.nn.functional.grouped_mm
-    hidden_NF = _AddExpertBias.apply(
-        grouped_mm(x_ND, fc1_EFD.transpose(1, 2), offs=ends_E), bias1_EF, expert_N, ends_E
-    )
-    return _GatedProduct.apply(relu_squared(hidden_NF), gate_N, fc2_EDF, bias2_ED, ends_E)
-
-
-class _GatedProduct(torch.autograd.Function):
-    """gate (W2 h + b2) as one product: [gate h, gate] [W2, b2]'. The gate multiplies rows of width F, not D, and the
-    bias and all gradients come out of the products: no pass over [N, D] beside them. The gate's column is its bf16
-    rounding and the rest (error 2^-17); the columns of W2 and b2 are joined again in the backward pass, not kept.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        h_NF: torch.Tensor,
-        gate_N: torch.Tensor,
-        fc2_EDF: torch.Tensor,
-        bias2_ED: torch.Tensor,
-        ends_E: torch.Tensor,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(h_NF, gate_N, fc2_EDF, bias2_ED, ends_E)
-        joined_EDG = _join_bias(fc2_EDF, bias2_ED)
-        return torch.nn.functional.grouped_mm(
-            _join_gate(h_NF, gate_N), joined_EDG.transpose(1, 2), offs=ends_E
-        )
-
-    @staticmethod
-    def backward(ctx: Any, grad_ND: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        h_NF, gate_N, fc2_EDF, bias2_ED, ends_E = ctx.saved_tensors
-        grad_ND, F = grad_ND.contiguous(), h_NF.shape[1]
-        grouped_mm = torch.nn.functional.grouped_mm
-        row_NG = grouped_mm(grad_ND, _join_bias(fc2_EDF, bias2_ED), offs=ends_E)
-        joined_EDG = grouped_mm(grad_ND.t(), _join_gate(h_NF, gate_N), offs=ends_E)
-        inner_NF = row_NG[:, :F].to(gate_N.dtype)
-        gate_grad_N = (inner_NF * h_NF).sum(dim=1) + row_NG[:, F]
-        h_grad_NF = (inner_NF * gate_N.unsqueeze(1)).to(h_NF.dtype)
-        bias_grad_ED = joined_EDG[:, :, F] + joined_EDG[:, :, F + 1]
-        return h_grad_NF, gate_grad_N, joined_EDG[:, :, :F].contiguous(), bias_grad_ED, None
-
-
-def _join_gate(h_NF: torch.Tensor, gate_N: torch.Tensor) -> torch.Tensor:
-    """[gate h, high part of gate, low part, zeros], F + 8 columns of h's dtype."""
-    joined_NG = h_NF.new_zeros(h_NF.shape[0], h_NF.shape[1] + _LANES)
-    F, high_N = h_NF.shape[1], gate_N.to(h_NF.dtype)
-    torch.mul(h_NF, gate_N.unsqueeze(1), out=joined_NG[:, :F])
-    joined_NG[:, F], joined_NG[:, F + 1] = high_N, gate_N - high_N
-    return joined_NG
-
-
-def _join_bias(fc2_EDF: torch.Tensor, bias2_ED: torch.Tensor) -> torch.Tensor:
-    """[W2, b2, b2, zeros], F + 8 columns."""
-    zeros_EDG = fc2_EDF.new_zeros(*bias2_ED.shape, _LANES - 2)
-    bias_ED1 = bias2_ED.unsqueeze(2)
-    return torch.cat([fc2_EDF, bias_ED1, bias_ED1, zeros_EDG], dim=2)
-
-
-class _AddExpertBias(torch.autograd.Function):
-    """x + bias[expert of the row]. The bias gradient is a grouped product with ones: fp32 sums, a fixed order,
-    no atomics.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_NF: torch.Tensor,
-        bias_EF: torch.Tensor,
-        expert_N: torch.Tensor,
-        ends_E: torch.Tensor,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(ends_E)
-        return x_NF + bias_EF[expert_N]
-
-    @staticmethod
-    def backward(ctx: Any, grad_NF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
-        (ends_E,) = ctx.saved_tensors
-        grad_NF = grad_NF.contiguous()
-        ones_N8 = torch.ones(grad_NF.shape[0], _LANES, dtype=grad_NF.dtype, device=grad_NF.device)
-        sums_E8F = torch.nn.functional.grouped_mm(ones_N8.t(), grad_NF, offs=ends_E)
-        return grad_NF, sums_E8F[:, 0].contiguous(), None, None
 
 
 class SharedExpert(MLP):

@@ -21,6 +21,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
@@ -72,6 +73,36 @@ def build_optimizer(config: RunConfig, model: torch.nn.Module) -> ChainedOptimiz
     megatron = _megatron_config(config)
     chain = [_wrapped(config, megatron, entry, of) for entry, of in named.items() if of]
     return ChainedOptimizer(chain)
+
+
+def gradient_norm(chain: ChainedOptimizer) -> float:
+    """Of all parameters, over all model-parallel ranks, after `prepare_grads`. Every rank calls it.
+
+    Megatron's own (optimizer/clip_grads.py:103) waits for the device once a parameter without TransformerEngine.
+    """
+    squares = []
+    for optimizer in chain.chained_optimizers:
+        norms = torch._foreach_norm(optimizer.get_main_grads_for_grad_norm())
+        square = torch.stack(norms).square().sum()
+        dist.all_reduce(square, group=optimizer.get_grad_stats_parallel_group())
+        squares.append(square)
+    return float(torch.stack(squares).sum().sqrt())
+
+
+def clip_gradients(chain: ChainedOptimizer, max_norm: float, total_norm: float) -> None:
+    """Scale gradients so that a total norm above max_norm becomes it, before `step_with_ready_grads`.
+
+    NorMuon takes the factor (clip_grads.py, clip_coeff) as it reads gradients, which stay as they are: writing them
+    would move 45 GB for the full student. AdamW's are changed in place.
+    """
+    factor = min(1.0, max_norm / (total_norm + 1e-6))
+    for optimizer in chain.chained_optimizers:
+        if isinstance(optimizer.optimizer, NorMuon):
+            optimizer.optimizer.grad_scale = factor
+        elif factor < 1.0:
+            torch._foreach_mul_(
+                [parameter.grad for parameter in optimizer.get_parameters()], factor
+            )
 
 
 def _entry(config: RunConfig, name: str, parameter: torch.nn.Parameter) -> Entry:
@@ -254,7 +285,10 @@ class _FP32WithStep(_StepOnHost, FP32Optimizer):
 
 
 class _Float16WithStep(_StepOnHost, Float16OptimizerWithFloat16Params):
-    """Megatron's Float16OptimizerWithFloat16Params around AdamW."""
+    """Megatron's Float16OptimizerWithFloat16Params around AdamW; weights are copied by a few launches, not one each."""
+
+    def _copy_main_params_to_model_params(self) -> None:
+        torch._foreach_copy_(*self._get_model_and_main_params_data_float16())
 
 
 class _FP32WithRows(_RowStatistics, FP32Optimizer):
@@ -262,4 +296,15 @@ class _FP32WithRows(_RowStatistics, FP32Optimizer):
 
 
 class _Float16WithRows(_RowStatistics, Float16OptimizerWithFloat16Params):
-    """Megatron's Float16OptimizerWithFloat16Params around NorMuon."""
+    """Megatron's Float16OptimizerWithFloat16Params around NorMuon, whose step writes the model's weights too.
+
+    A pass of their own would read and write 6 bytes a weight once more: 33 GB of the full student's experts.
+    """
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        for masters, halves in zip(self.fp32_from_float16_groups, self.float16_groups, strict=True):
+            self.optimizer.copies.update(zip(masters, halves, strict=True))
+
+    def _copy_main_params_to_model_params(self) -> None:
+        """After the step (optimizer/optimizer.py:585): done by it."""

@@ -16,33 +16,54 @@ Shapes: T = S * B tokens in the order of hidden states, E experts, K of them a t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 
+from trainer.megatron.experts import Compute
+
+
+class Routing(NamedTuple):
+    """Of T tokens: gates_TK (with gradients) and experts_TK; counts_E, how many counted tokens each expert has;
+    best_counts_BE and shares_BE (with gradients), what the balance loss of each of the B rows is made of.
+    """
+
+    gates_TK: torch.Tensor
+    experts_TK: torch.Tensor
+    counts_E: torch.Tensor
+    best_counts_BE: torch.Tensor
+    shares_BE: torch.Tensor
+
 
 class StudentRouter(TopKRouter):
     """`aux_loss_sum`: balance losses of the rows routed since it was last read, coefficient included; see
     `take_aux_loss`. `local_tokens_per_expert` [E] fp32: routed tokens of this step, without padding.
+
+    Both are changed in place, so that a recorded CUDA graph goes on counting. compute: `triton` routes by the kernel of
+    trainer/kernels/routing.py, `loop` by plain torch, which is its reference.
     """
 
-    def __init__(self, *arguments: object, **keywords: object) -> None:
+    def __init__(self, *arguments: object, compute: Compute, **keywords: object) -> None:
         super().__init__(*arguments, **keywords)
+        self.compute = compute
         self.aux_loss_sum = torch.zeros((), device=torch.cuda.current_device())
 
     def take_aux_loss(self) -> torch.Tensor:
         """The sum over this rank's rows since the last call; starts again from zero."""
-        taken, self.aux_loss_sum = self.aux_loss_sum, torch.zeros_like(self.aux_loss_sum)
+        taken = self.aux_loss_sum.clone()
+        self.aux_loss_sum.zero_()
         return taken
 
     def forward(
         self, hidden_SBD: torch.Tensor, padding_SB: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gates [T, K] (fp32, or fp64 of fp64 states) and experts [T, K] int64; padding is routed like any token."""
+        """Gates [T, K] (fp32, or fp64 of fp64 states) and experts [T, K]; padding is routed like any token."""
         self._maintain_float32_expert_bias()
+        if self.compute == "triton":
+            return self._counted(self._by_kernel(hidden_SBD, padding_SB))
         logits_SBE = _RouterProduct.apply(hidden_SBD, self.weight, self.bias)
         return self.routing(logits_SBE, padding_SB)
 
@@ -50,61 +71,91 @@ class StudentRouter(TopKRouter):
         self, logits_SBE: torch.Tensor, padding_SB: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Gates and experts of the logits; under gradients the tokens are counted and the balance loss attached."""
-        batch, config = logits_SBE.shape[1], self.config
-        scores_TE = torch.sigmoid(logits_SBE.flatten(0, 1))
-        with torch.no_grad():
-            experts_TK = choose_experts(
-                scores_TE + self.expert_bias,
-                self.topk,
-                config.moe_router_num_groups,
-                config.moe_router_group_topk,
-            )
-        gates_TK = scores_TE.gather(1, experts_TK)
-        if self.topk > 1:
-            gates_TK = gates_TK / (gates_TK.sum(dim=1, keepdim=True) + 1e-20)
-        gates_TK = gates_TK * config.moe_router_topk_scaling_factor
+        counted_T = None if padding_SB is None else ~padding_SB.flatten()
+        routing = route(
+            logits_SBE.flatten(0, 1), self.expert_bias, counted_T, **self._rules(logits_SBE)
+        )
+        return self._counted(routing)
+
+    def _by_kernel(self, hidden_SBD: torch.Tensor, padding_SB: torch.Tensor | None) -> Routing:
+        from trainer.kernels.routing import routed
+
+        counted_T = None if padding_SB is None else ~padding_SB.flatten()
+        weights = (self.weight, self.bias, self.expert_bias)
+        return routed(hidden_SBD.flatten(0, 1), *weights, counted_T, **self._rules(hidden_SBD))
+
+    def _rules(self, rows_SBX: torch.Tensor) -> dict[str, Any]:
+        config = self.config
+        return {
+            "rows": rows_SBX.shape[1],
+            "topk": self.topk,
+            "groups": config.moe_router_num_groups,
+            "group_topk": config.moe_router_group_topk,
+            "scaling": config.moe_router_topk_scaling_factor,
+        }
+
+    def _counted(self, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
+        gates_TK = routing.gates_TK
         if torch.is_grad_enabled():
             # Neither evaluation nor the first pass of recomputation counts.
-            counted_T = None if padding_SB is None else (~padding_SB).flatten().to(scores_TE.dtype)
-            self.local_tokens_per_expert += _counts(experts_TK, self.num_experts, counted_T)
+            self.local_tokens_per_expert += routing.counts_E
             if self.training:
-                gates_TK = self._with_aux_loss(gates_TK, scores_TE, batch, counted_T)
-        return gates_TK, experts_TK
+                gates_TK = MoEAuxLossAutoScaler.apply(gates_TK, self._aux_loss(routing))
+        return gates_TK, routing.experts_TK
 
     def _maintain_float32_expert_bias(self) -> None:
         """Keep the counts in fp32 too: Float16Module turns every buffer to bf16, which counts exactly only to 256."""
         super()._maintain_float32_expert_bias()
         self.local_tokens_per_expert = self.local_tokens_per_expert.float()
 
-    def _with_aux_loss(
-        self,
-        gates_TK: torch.Tensor,
-        scores_TE: torch.Tensor,
-        batch: int,
-        counted_T: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def _aux_loss(self, routing: Routing) -> torch.Tensor:
         """Mean over rows of c * E / (k T^2) * sum_i count_i * sum_t p_ti, p = s / sum(s), T the row's own tokens (no
         padding); count_i by the best k of s, neither groups nor bias.
 
         Counts and T are summed over the tensor-parallel ranks, which hold slices of the rows; scores are this rank's.
         """
-        tokens, E = scores_TE.shape
-        best_TK = scores_TE.detach().topk(self.topk, dim=1).indices
-        row_T = torch.arange(tokens, device=scores_TE.device) % batch
-        counts_BE = _counts(best_TK + E * row_T.unsqueeze(1), batch * E, counted_T).view(batch, E)
+        counts_BE = routing.best_counts_BE
         if self.tp_cp_group.size() > 1:
             dist.all_reduce(counts_BE, group=self.tp_cp_group)
-        weight_T = 1 / (scores_TE.sum(dim=1) + 1e-20)
-        if counted_T is not None:
-            weight_T = weight_T * counted_T
-        shares_BE = torch.einsum(
-            "sbe,sb->be", scores_TE.view(-1, batch, E), weight_T.view(-1, batch)
-        )
         tokens_B = (counts_BE.sum(dim=1) / self.topk).clamp(min=1)
-        loss_B = (counts_BE * shares_BE).sum(dim=1) * E / (self.topk * tokens_B.square())
-        loss_B = loss_B * self.config.moe_aux_loss_coeff
+        factor_B = self.num_experts * self.config.moe_aux_loss_coeff / self.topk
+        loss_B = (counts_BE * routing.shares_BE).sum(dim=1) * factor_B / tokens_B.square()
         self.aux_loss_sum += loss_B.detach().sum()
-        return MoEAuxLossAutoScaler.apply(gates_TK, loss_B.mean())
+        return loss_B.mean()
+
+
+def route(
+    logits_TE: torch.Tensor,
+    expert_bias_E: torch.Tensor,
+    counted_T: torch.Tensor | None,
+    *,
+    rows: int,
+    topk: int,
+    groups: int,
+    group_topk: int,
+    scaling: float,
+) -> Routing:
+    """The routing of logits that hold the linear bias. Token t is of row t % rows; counted_T: bool, None for all."""
+    E, scores_TE = logits_TE.shape[1], torch.sigmoid(logits_TE)
+    with torch.no_grad():
+        experts_TK = choose_experts(scores_TE + expert_bias_E, topk, groups, group_topk)
+        best_TK = scores_TE.topk(topk, dim=1).indices
+        row_T = torch.arange(len(scores_TE), device=scores_TE.device) % rows
+        best_counts_BE = _counts(best_TK + E * row_T.unsqueeze(1), rows * E, counted_T)
+    gates_TK = scores_TE.gather(1, experts_TK)
+    if topk > 1:
+        gates_TK = gates_TK / (gates_TK.sum(dim=1, keepdim=True) + 1e-20)
+    weight_T = 1 / (scores_TE.sum(dim=1) + 1e-20)
+    if counted_T is not None:
+        weight_T = weight_T * counted_T
+    shares_BE = torch.einsum("sbe,sb->be", scores_TE.view(-1, rows, E), weight_T.view(-1, rows))
+    return Routing(
+        gates_TK * scaling,
+        experts_TK,
+        _counts(experts_TK, E, counted_T),
+        best_counts_BE.view(rows, E),
+        shares_BE,
+    )
 
 
 def choose_experts(

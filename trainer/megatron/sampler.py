@@ -230,13 +230,13 @@ def require_layout(config: OPDConfig) -> None:
             f"sampling with parallel.tensor={config.parallel.tensor} (one decoded token is no sequence to split)",
             remedy="set parallel.tensor=1 and spread with parallel.expert and data parallelism",
         )
-    host_waits = config.parallel.expert > 1 or config.expert_compute != "grouped_mm"
+    host_waits = config.parallel.expert > 1 or config.expert_compute != "triton"
     if config.sampling.cuda_graph and (host_waits or config.device != "cuda"):
         raise ConfigError(
             "sampling.cuda_graph where there is no CUDA, or the host waits for the experts' token counts",
             got=f"device: {config.device}, parallel.expert={config.parallel.expert}, "
             f"expert_compute: {config.expert_compute}",
-            expected="device: cuda, parallel.expert=1, expert_compute: grouped_mm",
+            expected="device: cuda, parallel.expert=1, expert_compute: triton",
             remedy="set sampling.cuda_graph=false",
         )
 

@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from trainer.batch import Batch
 from trainer.config import KDConfig, RunConfig
@@ -33,7 +33,8 @@ from trainer.losses.report import loss_metrics
 from trainer.losses.spans import span_counts
 from trainer.megatron.attention import PackedRows
 from trainer.megatron.diverged import diverged
-from trainer.megatron.optimizer import build_optimizer
+from trainer.megatron.graphs import GraphedLayers
+from trainer.megatron.optimizer import build_optimizer, clip_gradients, gradient_norm
 from trainer.megatron.router import StudentRouter
 from trainer.megatron.student import Student, build_student
 from trainer.megatron.topology import Topology
@@ -63,6 +64,7 @@ class Trainer:
             module for module in self.student.modules() if isinstance(module, StudentRouter)
         ]
         self.shard = _vocab_shard(self.student, topology)
+        self._graphed = GraphedLayers(self.student.decoder) if config.cuda_graph else None
         self.student.config.finalize_model_grads_func = self._finalize
         self._schedule = get_forward_backward_func()
 
@@ -75,6 +77,7 @@ class Trainer:
         sampled tokens lack the targets that the objective needs; nothing has changed then.
         """
         self._require_targets(micro_batches)
+        self._record(micro_batches[0])
         biases_LE = torch.stack([router.expert_bias for router in self.routers])
         self.model.train()
         self.model.zero_grad_buffer()
@@ -83,7 +86,7 @@ class Trainer:
         sums_CM = self.topology.sum(self._forward_backward(micro_batches, counts, clock))
         clock.mark("optimizer")
         self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm())
+        grad_norm = gradient_norm(self.optimizer)
         values = loss_metrics(sums_CM)
         if not self._finite_everywhere(values["loss/total"], grad_norm):
             self._set_biases(biases_LE)
@@ -110,6 +113,22 @@ class Trainer:
             self.shard,
         )
 
+    def _record(self, batch: Batch) -> None:
+        """Record the layers' graphs before the first step; of what recording leaves behind, `step` clears gradients."""
+        if self._graphed is None or self._graphed.recorded:
+            return
+        self.model.train()
+        # The schedule writes each step's scale into the tensor that the backward graph reads.
+        MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=self.topology.device))
+        self._graphed.record(lambda: self._hidden(self.model, batch))
+        self._forget_routing()
+
+    def _forget_routing(self) -> None:
+        """Clear what routers counted outside of a step."""
+        for router in self.routers:
+            router.local_tokens_per_expert.zero_()
+            router.take_aux_loss()
+
     def _forward_backward(
         self, micro_batches: Sequence[Batch], counts: torch.Tensor, clock: Clock
     ) -> torch.Tensor:
@@ -121,6 +140,7 @@ class Trainer:
             return self._hidden(model, batch), partial(loss_of, batch)
 
         def loss_of(batch: Batch, hidden_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            clock.mark("loss")
             loss, sums_CM = batch_loss(
                 hidden_BTD,
                 self.student.output_layer.weight,
@@ -183,19 +203,12 @@ class Trainer:
         self.student.config.finalize_model_grads_func = lambda *arguments, **keywords: None
         sums_CM = self._forward_backward(micro_batches, counts, Clock(self.topology.device))
         self.student.config.finalize_model_grads_func = self._finalize
-        for router in self.routers:
-            router.local_tokens_per_expert.zero_()
-            router.take_aux_loss()
+        self._forget_routing()
         return sums_CM
 
     def _update(self, learning_rate: float, grad_norm: float) -> None:
         """ChainedOptimizer.step (optimizer/optimizer.py:1300) from its clipping on: the norm was checked in between."""
-        for optimizer in self.optimizer.chained_optimizers:
-            clip_grad_by_total_norm_fp32(
-                optimizer.get_parameters(),
-                max_norm=self.config.optimizer.clip,
-                total_norm=grad_norm,
-            )
+        clip_gradients(self.optimizer, self.config.optimizer.clip, grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_mult"]
         self.optimizer.step_with_ready_grads()

@@ -27,6 +27,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from trainer.config import ModelRuntime, ParallelConfig
 from trainer.megatron.attention import CoreAttention
 from trainer.megatron.experts import RMSNorm, relu_squared
+from trainer.megatron.fused_layer import CompiledLayer, is_plain, rotation_table
 from trainer.megatron.moe import StudentMoE
 from trainer.megatron.rotary import GrapeM
 from trainer.megatron.self_attention import ValueResidualAttention, ValueResidualLayer
@@ -55,8 +56,10 @@ class Student(GPTModel):
     """GPTModel whose forward ends at the final norm: it returns [S, B, D], under sequence parallelism this rank's S.
 
     The lm_head is `output_layer.weight` [V / TP, D], untied from the embedding; losses multiply by it in chunks, so
-    logits [S, B, V] never exist.
+    logits [S, B, V] never exist. takes_table: its layers are CompiledLayers.
     """
+
+    takes_table = False
 
     def _preprocess(self, *arguments: Any, packed_seq_params: Any, **keywords: Any) -> tuple:
         """Rows that say their positions are rotated by these, from the same table of angles as all others."""
@@ -65,6 +68,8 @@ class Student(GPTModel):
         )
         if packed_seq_params.position_SB is not None:
             angle_SB1C = angle_SB1C[packed_seq_params.position_SB, 0]
+        elif self.takes_table and is_plain(packed_seq_params):
+            return hidden_SBD, rotation_table(angle_SB1C), *rest
         return hidden_SBD, angle_SB1C, *rest
 
     def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -92,6 +97,7 @@ def build_student(
         position_embedding_type="rope",
         rotary_base=student.rotary_base,
     )
+    model.takes_table = runtime.transformer_impl == "compiled"
     if student.grape_m is not None:
         model.rotary_pos_emb = GrapeM(
             student.head_dim,
@@ -176,7 +182,7 @@ def _layer_spec(student: StudentConfig, runtime: ModelRuntime, number: int) -> M
     dense = number <= student.dense_layers
     factored = student.tpa is not None and not student.is_global(number)
     return ModuleSpec(
-        module=TransformerLayer if student.value_residual is None else ValueResidualLayer,
+        module=_layer_class(student, runtime),
         submodules=TransformerLayerSubmodules(
             input_layernorm=part["norm"] if factored else part["norm_before_linear"],
             self_attention=_attention_spec(student, runtime, factored),
@@ -185,10 +191,16 @@ def _layer_spec(student: StudentConfig, runtime: ModelRuntime, number: int) -> M
             mlp=_dense_spec(part) if dense else _experts_spec(part, runtime),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=_norm_keys(factored, dense)
-            if runtime.transformer_impl == "local"
+            if runtime.transformer_impl != "transformer_engine"
             else {},
         ),
     )
+
+
+def _layer_class(student: StudentConfig, runtime: ModelRuntime) -> type[TransformerLayer]:
+    if runtime.transformer_impl == "compiled":
+        return CompiledLayer
+    return TransformerLayer if student.value_residual is None else ValueResidualLayer
 
 
 def _attention_spec(student: StudentConfig, runtime: ModelRuntime, factored: bool) -> ModuleSpec:
@@ -228,7 +240,7 @@ def _parts(runtime: ModelRuntime) -> dict[str, Any]:
     """Norms and linear layers: Megatron's local ones, or TransformerEngine's with the norm fused into the next
     product.
     """
-    if runtime.transformer_impl == "local":
+    if runtime.transformer_impl != "transformer_engine":
         return {
             "norm": RMSNorm,
             "norm_before_linear": RMSNorm,

@@ -121,6 +121,16 @@ def check_run(config: RunConfig) -> None:
             f"optimizer.normuon with {tensor} (each rank would orthogonalise its own part of a matrix)",
             "set parallel.tensor=1 and spread with parallel.expert, or optimizer.normuon=null",
         ),
+        (
+            config.transformer_impl == "compiled" and parallel.tensor > 1,
+            f"transformer_impl: compiled with {tensor} (its layers hold whole weights)",
+            "set transformer_impl=local",
+        ),
+        (
+            config.cuda_graph and parallel.expert > 1,
+            f"cuda_graph with parallel.expert={parallel.expert} (the host waits for the sizes of what is sent)",
+            "set cuda_graph=false or parallel.expert=1",
+        ),
     ]
     _refuse(refused)
 
@@ -187,6 +197,8 @@ def _start_process_group(device: Device, deterministic: bool) -> None:
                 "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
             )  # cuBLAS repeats only with its own workspaces
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        # The default stream cannot be recorded into a CUDA graph, nor what waits for it (trainer/megatron/graphs.py).
+        torch.cuda.set_stream(torch.cuda.Stream())
     backend = "nccl" if device == "cuda" else "gloo"
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend, timeout=_TIMEOUT)

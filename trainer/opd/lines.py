@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_PHASES = ("sampling", "teacher", "forward", "backward", "optimizer")
+_PHASES = ("sampling", "teacher", "forward", "loss", "backward", "optimizer")
 
 
 def step_line(step: int, steps: int, values: dict[str, float]) -> str:

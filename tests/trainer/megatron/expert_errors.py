@@ -1,4 +1,4 @@
-"""Errors of the bf16 kernels of the expert layer, for a CPU and a GPU test."""
+"""Errors of the router's product in bf16, for a CPU and a GPU test."""
 
 from __future__ import annotations
 
@@ -36,32 +36,3 @@ def product_errors(device: str) -> dict[str, float]:
         name: float(((g.double().view_as(w) - w).abs() / (a * s + r * w.abs())).max())
         for name, g, w, s, (a, r) in zip(("z", "x", "W", "b"), got, want, sizes, parts, strict=True)
     }
-
-
-def grouped_errors(device: str) -> dict[str, float]:
-    """Distance of the grouped products in bf16 from the loop in fp32, over 2e-2 of the loop's norm; biases and empty
-    experts included. Infinite where an expert without rows got a gradient.
-    """
-    from trainer.megatron.experts import _grouped, _loop
-
-    E, D, F = 8, 128, 64
-    rows_E = torch.tensor([70, 0, 33, 1, 128, 0, 7, 17])
-    N = int(rows_E.sum())
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(N, D), (E, F, D), (E, F), (E, D, F), (E, D)]
-    start = [torch.randn(s, generator=generator).to(device, torch.bfloat16) * 0.3 for s in shapes]
-    weigh = torch.randn(N, D, generator=generator).to(device)
-    gate = torch.rand(N, generator=generator).to(device).requires_grad_()
-    results = []
-    for compute, dtype in ((_grouped, torch.bfloat16), (_loop, torch.float32)):
-        x, *parameters = (t.to(dtype).requires_grad_() for t in start)
-        out = compute(x, rows_E, gate, *parameters)
-        grads = torch.autograd.grad((out.float() * weigh).sum(), [gate, x, *parameters])
-        results.append([t.float() for t in (out, *grads)])
-    names = ["out", "gate", "x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"]
-    errors = {}
-    for name, got, want in zip(names, *results, strict=True):
-        errors[name] = float((got - want).norm() / (2e-2 * want.norm()))
-        if name.startswith("fc") and got[1].abs().max() > 0:
-            errors[name] = float("inf")
-    return errors

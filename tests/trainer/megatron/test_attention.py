@@ -7,8 +7,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
-from trainer.megatron.attention import PackedRows, alibi, dense_attention
+from trainer.megatron.attention import (
+    PackedRows,
+    alibi,
+    dense_attention,
+    document_blocks,
+    visible,
+)
 
 B, S, H, G, D = 2, 23, 4, 2, 8
 DOCUMENTS = [[0] * 9 + [1] * 11 + [-1] * 3, [0] * 23]
@@ -59,6 +66,30 @@ def test_a_window_of_128_reaches_back_127_positions() -> None:
     seen = rows.dense_mask(128)[0, 0]
     assert torch.nonzero(seen[200]).flatten().tolist() == list(range(73, 201))
     assert torch.nonzero(seen[40]).flatten().tolist() == list(range(41))
+
+
+@pytest.mark.parametrize("positions", [48, 128, 300, 1024])
+@pytest.mark.parametrize("window", [None, 1, 6, 128, 200])
+def test_block_masks_are_those_of_the_mask_function(positions, window) -> None:
+    """torch's own construction evaluates the function on every pair."""
+    generator = torch.Generator().manual_seed(positions)
+    document_BS = torch.randint(0, 6, (3, positions), generator=generator).sort(dim=1).values.int()
+    document_BS[0, -positions // 5 :] = -1
+    got = document_blocks(document_BS, window)
+    function = visible(document_BS, window)
+    want = create_block_mask(function, 3, None, positions, positions, device="cpu")
+    for kind in ("kv", "full_kv", "q", "full_q"):
+        number, listed = (getattr(got, f"{kind}_{part}") for part in ("num_blocks", "indices"))
+        expected = getattr(want, f"{kind}_indices")
+        assert torch.equal(number, getattr(want, f"{kind}_num_blocks"))
+        used = torch.arange(listed.shape[-1]) < number[..., None]
+        assert torch.equal(listed[used], expected[used])
+        # FlexAttention's kernels take contiguity for granted: strides of a transpose gave wrong dK and dV.
+        assert (listed.shape, listed.stride(), listed.dtype) == (
+            expected.shape,
+            expected.stride(),
+            expected.dtype,
+        )
 
 
 def test_slopes_of_a_tensor_parallel_rank_are_those_of_its_heads() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.distributed.gloo import run_gloo
-from tests.trainer.megatron.expert_errors import grouped_errors, product_errors
+from tests.trainer.megatron.expert_errors import product_errors
 from tests.trainer.megatron.tiny import STUDENT
 
 S, B, D, E = 12, 2, 32, 8
@@ -149,8 +149,7 @@ def _in_process(_rank: int) -> dict:
             ],
             "no gradients": _counted_without_gradients(layers["two"]),
             "product": product_errors("cpu"),
-            "grouped": grouped_errors("cpu"),
-            "no rows": _no_rows(layers["three"].experts.bfloat16()),
+            "no rows": _no_rows(layers["three"].experts),
         }
 
 
@@ -162,13 +161,11 @@ def _counted_without_gradients(layer) -> float:
 
 
 def _no_rows(experts) -> list[float]:
-    """Largest gradients of grouped experts of a rank to which no token was sent."""
-    from trainer.megatron.experts import _grouped
-
-    rows_E = torch.zeros(E, dtype=torch.int32)
-    x_ND = torch.zeros(0, D, dtype=torch.bfloat16, requires_grad=True)
-    out = _grouped(x_ND, rows_E, torch.zeros(0), *experts.parameters())
-    assert out.shape == x_ND.shape
+    """Largest gradients of the experts of a rank to which no token was sent."""
+    x_TD = torch.zeros(0, D, dtype=torch.float64, requires_grad=True)
+    slots = experts.sort(torch.zeros(0, 1, dtype=torch.int64), E)
+    out = experts(x_TD, torch.zeros(0, 1), slots, None)
+    assert out.shape == x_TD.shape
     grads = torch.autograd.grad(out.sum(), list(experts.parameters()))
     return [float(grad.abs().max()) for grad in grads]
 
@@ -218,11 +215,6 @@ def test_nothing_is_counted_without_gradients(seen) -> None:
 def test_the_router_product_keeps_fp32_accuracy(seen) -> None:
     for name, error in seen["product"].items():
         assert error <= 1, name
-
-
-def test_grouped_experts_equal_the_loop(seen) -> None:
-    for name, error in seen["grouped"].items():
-        assert error < 1, name
 
 
 def test_a_rank_without_rows_has_gradients_of_zero(seen) -> None:

@@ -30,19 +30,28 @@ def _in_process(_rank: int) -> dict[str, Any]:
         return {
             "whole": against_reference(STUDENT),
             "without parts": against_reference(STUDENT | FUSED),
+            "compiled": against_reference(STUDENT, compiled=True),
+            "compiled without parts": against_reference(STUDENT | FUSED, compiled=True),
             "bf16": _in_bf16(),
             "names": [n for n, _ in built_student(STUDENT | {"layers": 8}).named_parameters()],
             "no first value": _no_first_value(),
         }
 
 
-def against_reference(student: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
-    """Hidden states and gradients of two packed rows, the module's on `device` in fp64 and the reference's."""
+def against_reference(
+    student: dict[str, Any], device: str = "cpu", *, compiled: bool = False
+) -> dict[str, Any]:
+    """Hidden states and gradients of two packed rows, the module's on `device` in fp64 and the reference's.
+
+    compiled: by the function that `transformer_impl: compiled` compiles, here as it is.
+    """
     from trainer.megatron.attention import PackedRows
 
     (batch,) = micro_batches(tiny_rows(2, seed=4), 2)
     model = built_student(student, device=device, deterministic=False).double()
     there = batch.to(torch.device(device))
+    if compiled:
+        _as_compiled(model)
     hidden_SBD = model(
         there.tokens_BT,
         None,
@@ -67,6 +76,14 @@ def against_reference(student: dict[str, Any], device: str = "cpu") -> dict[str,
         "hidden": (got.detach().numpy(), want.detach().numpy()),
         "gradients": {n: (g.cpu().double().numpy(), e.numpy()) for n, g, e in pairs},
     }
+
+
+def _as_compiled(model: Any) -> None:
+    from trainer.megatron.fused_layer import CompiledLayer
+
+    model.takes_table = True
+    for layer in model.decoder.layers:
+        layer.__class__ = CompiledLayer
 
 
 def _expected(
@@ -120,13 +137,13 @@ def seen() -> dict[str, Any]:
     return run_gloo(_in_process, 1)[0]
 
 
-@pytest.mark.parametrize("which", ["whole", "without parts"])
+@pytest.mark.parametrize("which", ["whole", "without parts", "compiled", "compiled without parts"])
 def test_hidden_states_equal_the_reference(seen, which) -> None:
     got, expected = seen[which]["hidden"]
     np.testing.assert_allclose(got, expected, atol=2e-6, rtol=0)
 
 
-@pytest.mark.parametrize("which", ["whole", "without parts"])
+@pytest.mark.parametrize("which", ["whole", "without parts", "compiled", "compiled without parts"])
 def test_every_gradient_equals_the_reference(seen, which) -> None:
     """Angles and lam are fp32 in the student, so 1e-5 and not 1e-12; the balance loss is part of it."""
     for name, (got, expected) in seen[which]["gradients"].items():

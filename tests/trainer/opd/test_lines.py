@@ -18,6 +18,7 @@ _STEP = {
     "seconds/sampling": 2.0,
     "seconds/teacher": 1.0,
     "seconds/forward": 0.4,
+    "seconds/loss": 0.2,
     "seconds/backward": 0.4,
     "seconds/optimizer": 0.2,
 }
@@ -26,7 +27,7 @@ _STEP = {
 def test_a_step() -> None:
     assert step_line(3, 40, _STEP) == (
         "step 3/40  loss 0.1235  rkl r 0.500 c 0.013  valid 88%  age 1  grad 2.000  lr 1.00e-04  "
-        "12,346 tok/s  4.00 s (sampling 50% teacher 25% forward 10% backward 10% optimizer 5%)"
+        "12,346 tok/s  4.00 s (sampling 50% teacher 25% forward 10% loss 5% backward 10% optimizer 5%)"
     )
 
 

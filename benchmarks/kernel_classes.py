@@ -1,0 +1,81 @@
+"""What the kernels of a step do, by their names, and a bar chart of where the time goes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+# The first pattern that is found in a kernel's name names its class.
+_CLASSES = (
+    ("attention", r"flex_attention|tem_fused_.*attention"),
+    ("experts", r"_(up|down|inner|spread|weight|fc1|fc2|expert)\w*_kernel|grouped|GroupProblem"),
+    (
+        "routing and moving",
+        r"_rout\w*_kernel|_sort|_place|_histogram|_rank|_scan|_tile|_sum_slots|radix|_count",
+    ),
+    ("lm_head loss", r"_lm_head\w*|_exp_tile|_slot\w*_kernel|_settle"),
+    ("matrix products", r"nvjet|cutlass|gemm|cublas|splitK|wgmma"),
+    ("optimizer", r"multi_tensor|adam|_gram|_iterate|_apply|polar"),
+    ("between products (compiled)", r"^triton_"),
+    ("copies and fills", r"[Mm]em(cpy|set)|copy_kernel|fill|FillFunctor|CopyKernel"),
+)
+
+
+def kernel_class(name: str) -> str:
+    """The class of a kernel."""
+    return next((kind for kind, pattern in _CLASSES if re.search(pattern, name)), "other")
+
+
+def by_class(kernels: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Milliseconds of each class, longest first, from names with `ms`."""
+    sums: dict[str, float] = {}
+    for name, of in kernels.items():
+        kind = kernel_class(name)
+        sums[kind] = sums.get(kind, 0.0) + of["ms"]
+    return dict(sorted(sums.items(), key=lambda item: -item[1]))
+
+
+def profiled(work: Any) -> dict[str, dict[str, float]]:
+    """Milliseconds and calls of every kernel that `work` runs, longest first."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        work()
+        torch.cuda.synchronize()
+    rows = [
+        (event.key, event.self_device_time_total / 1e3, event.count)
+        for event in profile.key_averages()
+        if event.self_device_time_total
+    ]
+    rows.sort(key=lambda row: -row[1])
+    return {name: {"ms": round(ms, 3), "calls": calls} for name, ms, calls in rows}
+
+
+def draw_bar(bars: dict[str, dict[str, float]], path: Path, title: str) -> None:
+    """One horizontal bar of stacked parts (ms) for each name; written as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(len(bars), 1, figsize=(11, 1.9 * len(bars)), squeeze=False)
+    for axis, (name, parts) in zip(axes[:, 0], bars.items(), strict=True):
+        left, total = 0.0, sum(parts.values())
+        for number, (part, ms) in enumerate(parts.items()):
+            axis.barh(0, ms, left=left, color=pyplot.cm.tab20(number % 20), label=part)
+            if ms > 0.05 * total:
+                axis.text(
+                    left + ms / 2, 0, f"{part}\n{ms:.0f}", ha="center", va="center", fontsize=7
+                )
+            left += ms
+        axis.set_yticks([])
+        axis.set_title(f"{name}: {total:.0f} ms", fontsize=9, loc="left")
+        axis.legend(
+            fontsize=6, ncol=5, loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False
+        )
+        axis.margins(x=0)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,235 @@
+"""Slots sorted by expert, the row tiles of grouped products, and the sum over a token's slots, as Triton kernels.
+
+A token has K slots, t * K + k, one for each of its experts. The sort is a counting sort: a histogram of each block of
+slots, one running sum over [experts, blocks], ranks inside a block by comparing all pairs. All in integers and without
+atomics, so two runs give the same bits; nothing waits for the device and all sizes are known beforehand, so a CUDA
+graph can hold it.
+
+Shapes: T tokens, K slots of each, N = T K slots, E experts, D hidden size, L tiles.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from common.errors import ConfigError
+
+_SORT_BLOCK = (
+    128  # slots a program: 128^2 comparisons, 64 a thread at 8 warps; 256^2 spill registers
+)
+_TILES_BLOCK = 64
+# Numbers of rows are not specialised: with expert parallelism they change every step, and each kind would be compiled.
+
+
+TileMap = tuple[torch.Tensor, torch.Tensor]  # see `tiles`
+TileMaps = dict[int, TileMap]  # by rows of a tile
+
+
+class SumConfig(NamedTuple):
+    """Tokens and warps of a program."""
+
+    tokens: int
+    warps: int
+
+
+SUM = SumConfig(tokens=1, warps=2)
+
+
+class Slots(NamedTuple):
+    """Where each slot of each token goes; all int32, on the device.
+
+    order_N: the slots t * K + k by expert, those of one expert in rising order; place_TK: the position of each slot in
+    it, its inverse; rows_E: slots of each expert; ends_E: their running sum, the expert's own rows included.
+    """
+
+    order_N: torch.Tensor
+    place_TK: torch.Tensor
+    rows_E: torch.Tensor
+    ends_E: torch.Tensor
+
+
+def sort_slots(experts_TK: torch.Tensor, num_experts: int) -> Slots:
+    """Slots sorted by expert, stable. experts_TK: int32 [T, K] in 0 .. num_experts - 1; T may be 0.
+
+    ConfigError: another dtype.
+    """
+    if experts_TK.dtype != torch.int32:
+        raise ConfigError(
+            "Experts of tokens cannot be sorted",
+            got=experts_TK.dtype,
+            expected="int32",
+            remedy="convert them",
+        )
+    experts_TK = experts_TK.contiguous()
+    order_N, place_TK = experts_TK.new_empty(experts_TK.numel()), torch.empty_like(experts_TK)
+    slots = order_N.numel()
+    if slots == 0:
+        return Slots(order_N, place_TK, *experts_TK.new_zeros(2, num_experts).unbind(0))
+    rows_E, ends_E = experts_TK.new_empty(num_experts), experts_TK.new_empty(num_experts)
+    blocks = triton.cdiv(slots, _SORT_BLOCK)
+    counts_EB = experts_TK.new_empty(num_experts, blocks)
+    padded = triton.next_power_of_2(num_experts)
+    _histogram_kernel[(blocks,)](
+        *(experts_TK, counts_EB, slots, blocks, num_experts, padded, _SORT_BLOCK), num_warps=8
+    )
+    # Expert after expert, block after block: the sum up to (e, b) is where the next block's slots of e begin.
+    sums_EB = counts_EB.view(-1).cumsum(0, dtype=torch.int32)
+    _rank_kernel[(blocks,)](
+        *(experts_TK, sums_EB, order_N, place_TK, rows_E, ends_E, slots, blocks, num_experts),
+        *(padded, _SORT_BLOCK),
+        num_warps=8,
+    )
+    return Slots(order_N, place_TK, rows_E, ends_E)
+
+
+@triton.jit(do_not_specialize=["slots", "blocks"])
+def _histogram_kernel(
+    keys, counts, slots, blocks, num_experts, E: tl.constexpr, BLOCK: tl.constexpr
+):
+    block = tl.program_id(0)
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    key = tl.load(keys + i, mask=i < slots, other=-1)
+    e = tl.arange(0, E)
+    count = tl.sum((key[:, None] == e[None, :]).to(tl.int32), axis=0)
+    tl.store(counts + e * blocks + block, count, mask=e < num_experts)
+
+
+@triton.jit(do_not_specialize=["slots", "blocks"])
+def _rank_kernel(
+    keys,
+    sums,
+    order,
+    place,
+    rows,
+    ends,
+    slots,
+    blocks,
+    num_experts,
+    E: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block = tl.program_id(0)
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    key = tl.load(keys + i, mask=i < slots, other=-1)
+    earlier = (key[None, :] == key[:, None]) & (i[None, :] < i[:, None])
+    rank = tl.sum(earlier.to(tl.int32), axis=1)
+    cell = key * blocks + block
+    begin = tl.load(sums + cell - 1, mask=(i < slots) & (cell > 0), other=0)
+    tl.store(place + i, begin + rank, mask=i < slots)
+    tl.store(order + begin + rank, i, mask=i < slots)
+    if block == 0:
+        e = tl.arange(0, E)
+        end = tl.load(sums + e * blocks + blocks - 1, mask=e < num_experts, other=0)
+        first = tl.load(sums + e * blocks - 1, mask=(e > 0) & (e < num_experts), other=0)
+        tl.store(ends + e, end, mask=e < num_experts)
+        tl.store(rows + e, end - first, mask=e < num_experts)
+
+
+def tiles(rows_E: torch.Tensor, block_m: int, slots: int) -> TileMap:
+    """Expert and first row, int32 [L] each, of every tile of `block_m` rows; a tile holds rows of one expert.
+
+    L = slots // block_m + E is enough for any rows_E (int32 [E], `slots` in all); unused tiles have expert -1 and stand
+    last. Tiles of one expert follow each other, so that its weights are still in the L2 cache.
+    """
+    num_experts = rows_E.numel()
+    size = slots // block_m + num_experts
+    expert_L, start_L = rows_E.new_empty(size), rows_E.new_empty(size)
+    _tiles_kernel[(triton.cdiv(size, _TILES_BLOCK),)](
+        *(rows_E, expert_L, start_L, num_experts, size),
+        *(triton.next_power_of_2(num_experts), block_m, _TILES_BLOCK),
+    )
+    return expert_L, start_L
+
+
+def known_tiles(slots: Slots, block_m: int, known: TileMaps | None) -> TileMap:
+    """`tiles` of these slots, out of `known`, or made and put there: kernels with tiles of one size share them."""
+    known = {} if known is None else known
+    if block_m not in known:
+        known[block_m] = tiles(slots.rows_E, block_m, slots.order_N.numel())
+    return known[block_m]
+
+
+@triton.jit(do_not_specialize=["size"])
+def _tiles_kernel(
+    rows,
+    tile_expert,
+    tile_start,
+    num_experts,
+    size,
+    E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    e = tl.arange(0, E)
+    row = tl.load(rows + e, mask=e < num_experts, other=0)
+    count = (row + BLOCK_M - 1) // BLOCK_M
+    tile_end = tl.cumsum(count, axis=0)
+    first_row = tl.cumsum(row, axis=0) - row
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.sum((tile_end[None, :] <= i[:, None]).to(tl.int32), axis=1)
+    inside = i[:, None] - (tile_end - count)[None, :]
+    start = first_row[None, :] + inside * BLOCK_M
+    start = tl.sum(tl.where(e[None, :] == expert[:, None], start, 0), axis=1)
+    used = i < tl.sum(count, axis=0)
+    tl.store(tile_expert + i, tl.where(used, expert, -1), mask=i < size)
+    tl.store(tile_start + i, tl.where(used, start, 0), mask=i < size)
+
+
+@triton.jit
+def tile_rows(tile_start, ends, tile, expert, BLOCK_M: tl.constexpr):
+    """Rows of a used tile, as they are numbered and held inside the expert's own rows: tails repeat the last row, so
+    that loads need no mask, and are not stored.
+    """
+    n = tl.load(tile_start + tile) + tl.arange(0, BLOCK_M)
+    return n, tl.minimum(n, tl.load(ends + expert) - 1)
+
+
+def sum_slots(
+    y_ND: torch.Tensor,
+    place_TK: torch.Tensor,
+    base_TD: torch.Tensor | None,
+    config: SumConfig = SUM,
+) -> torch.Tensor:
+    """[T, D] of y's dtype: base + the sum over each token's slots, in fp32 in the order of k, rounded once.
+
+    y_ND: rows in the order of slots; place_TK int32: see Slots; base_TD: [T, D] of y's dtype. No gradient of its own.
+    """
+    (tokens, K), D = place_TK.shape, y_ND.shape[1]
+    out_TD = y_ND.new_empty(tokens, D)
+    if tokens:
+        _sum_kernel[(triton.cdiv(tokens, config.tokens),)](
+            *(y_ND, place_TK, y_ND if base_TD is None else base_TD.contiguous(), out_TD, tokens),
+            *(base_TD is not None, D, triton.next_power_of_2(D), K, config.tokens),
+            num_warps=config.warps,
+        )
+    return out_TD
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _sum_kernel(
+    y,
+    place,
+    base,
+    out,
+    tokens,
+    HAS_BASE: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.arange(0, WIDTH)
+    inside = (t < tokens)[:, None] & (d < D)[None, :]
+    total = tl.zeros((BLOCK, WIDTH), tl.float32)
+    for k in tl.static_range(K):
+        row = tl.load(place + t * K + k, mask=t < tokens, other=0).to(tl.int64)
+        total += tl.load(y + row[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    own = t.to(tl.int64)[:, None] * D + d[None, :]
+    if HAS_BASE:
+        total += tl.load(base + own, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + own, total.to(out.dtype.element_ty), mask=inside)

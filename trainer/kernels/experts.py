@@ -1,0 +1,247 @@
+"""Routed experts, forward and backward, as Triton kernels that gather rows by themselves: bf16 products, fp32 sums.
+
+    out_t = base_t + sum_k gate_tk (W2_e relu(W1_e x_t + b1_e)^2 + b2_e),  e the expert of slot k
+
+Forward, at T = 32768, K = 4, D = 1024, F = 128: `up` reads the rows of x by index (268 MB, of which 67 MB are
+different) and writes z = W1 x + b1 (34 MB), `down` forms gate * relu(z)^2 while it loads z and writes y_ND (268 MB),
+`sum_slots` adds a token's slots and the base. Only z is kept for the backward pass (experts_backward.py): neither
+gathered rows nor relu(z)^2. The gate enters as gate * relu(z)^2, multiplied in fp32 and rounded once, and times b2 in
+fp32. Every sum has a fixed order and there are no atomics: two runs give the same bits. Nothing waits for the device.
+
+Shapes: T tokens, K slots of each, N = T K slots sorted by expert, E experts, D hidden size, F expert width, L tiles.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from common.errors import ConfigError
+from trainer.kernels import experts_backward as backward_kernels
+from trainer.kernels.dispatch import Slots, TileMaps, known_tiles, sum_slots, tile_rows
+
+
+class UpConfig(NamedTuple):
+    """Rows of a tile, columns of D a step, warps, stages of the pipeline."""
+
+    rows: int
+    step: int
+    warps: int
+    stages: int
+
+
+class DownConfig(NamedTuple):
+    """Rows of a tile, columns of D a step, programs that share a tile's columns, warps, stages."""
+
+    rows: int
+    cols: int
+    split: int
+    warps: int
+    stages: int
+
+
+UP = UpConfig(rows=128, step=64, warps=4, stages=3)
+DOWN = DownConfig(rows=128, cols=64, split=1, warps=8, stages=3)
+
+
+def fused_experts(
+    x_TD: torch.Tensor,
+    gates_TK: torch.Tensor,
+    slots: Slots,
+    base_TD: torch.Tensor | None,
+    fc1_EFD: torch.Tensor,
+    bias1_EF: torch.Tensor,
+    fc2_EDF: torch.Tensor,
+    bias2_ED: torch.Tensor,
+) -> torch.Tensor:
+    """[T, D] bf16: see the top of this file; with gradients of x, gates, base and the four weights.
+
+    x, base and weights bf16, gates fp32. T may be 0: the weights' gradients are then zeros. D a multiple of 16, F a
+    power of two in 16 .. 256. ConfigError: another shape or dtype.
+    """
+    _check(x_TD, gates_TK, fc1_EFD, bias1_EF, fc2_EDF, bias2_ED)
+    weights = (fc1_EFD, bias1_EF, fc2_EDF, bias2_ED)
+    return _FusedExperts.apply(x_TD, gates_TK, base_TD, *weights, *slots)
+
+
+def _check(x_TD: torch.Tensor, gates_TK: torch.Tensor, *weights: torch.Tensor) -> None:
+    dtypes = [t.dtype for t in (x_TD, gates_TK, *weights)]
+    if dtypes != [torch.bfloat16, torch.float32, *[torch.bfloat16] * 4]:
+        raise ConfigError(
+            "The expert kernels cannot take these dtypes of rows, gates and weights",
+            got=dtypes,
+            expected="bfloat16, gates float32",
+            remedy="train in bf16, or compute the experts by another way",
+        )
+    width, hidden = weights[0].shape[1:]
+    if width not in (16, 32, 64, 128, 256) or hidden % 16:
+        raise ConfigError(
+            "The expert kernels cannot take these widths",
+            got=f"expert width {width}, hidden size {hidden}",
+            expected="a power of two in 16 .. 256, and a multiple of 16",
+            remedy="compute the experts by another way",
+        )
+
+
+class _FusedExperts(torch.autograd.Function):
+    """See fused_experts."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: torch.Tensor,
+        gates_TK: torch.Tensor,
+        base_TD: torch.Tensor | None,
+        fc1_EFD: torch.Tensor,
+        bias1_EF: torch.Tensor,
+        fc2_EDF: torch.Tensor,
+        bias2_ED: torch.Tensor,
+        *slots: torch.Tensor,
+    ) -> torch.Tensor:
+        x_TD, gates_TK, of = x_TD.contiguous(), gates_TK.contiguous(), Slots(*slots)
+        weights = [w.contiguous() for w in (fc1_EFD, bias1_EF, fc2_EDF, bias2_ED)]
+        ctx.base, ctx.tiles = base_TD is not None, {}
+        if x_TD.shape[0] == 0:
+            z_NF, out_TD = None, torch.zeros_like(x_TD)
+        else:
+            z_NF = up(x_TD, of, *weights[:2], known=ctx.tiles)
+            y_ND = down(z_NF, gates_TK, of, *weights[2:], known=ctx.tiles)
+            out_TD = sum_slots(y_ND, of.place_TK, base_TD)
+        ctx.save_for_backward(x_TD, gates_TK, z_NF, *weights, *slots)
+        return out_TD
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_TD, gates_TK, z_NF, *rest = ctx.saved_tensors
+        weights, slots = rest[:4], Slots(*rest[4:])
+        if z_NF is None:
+            x_grad, gates_grad, *weight_grads = map(torch.zeros_like, (x_TD, gates_TK, *weights))
+        else:
+            x_grad, gates_grad, *weight_grads = backward_kernels.gradients(
+                grad_TD.contiguous(), x_TD, gates_TK, z_NF, slots, *weights, known=ctx.tiles
+            )
+        base_grad = grad_TD if ctx.base else None
+        return (x_grad, gates_grad, base_grad, *weight_grads, None, None, None, None)
+
+
+def up(
+    x_TD: torch.Tensor,
+    slots: Slots,
+    fc1_EFD: torch.Tensor,
+    bias1_EF: torch.Tensor,
+    config: UpConfig = UP,
+    known: TileMaps | None = None,
+) -> torch.Tensor:
+    """z_NF bf16: W1 x + b1 of the row of each slot's token, in the order of slots."""
+    (_, F, D), N, K = fc1_EFD.shape, slots.order_N.numel(), slots.place_TK.shape[1]
+    z_NF = x_TD.new_empty(N, F)
+    expert_L, start_L = known_tiles(slots, config.rows, known)
+    _up_kernel[(expert_L.numel(),)](
+        *(x_TD, fc1_EFD, bias1_EF, slots.order_N, slots.ends_E, expert_L, start_L, z_NF),
+        *(K, D, F, config.rows, math.gcd(config.step, D)),
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return z_NF
+
+
+@triton.jit
+def _up_kernel(
+    x,
+    weight,
+    bias,
+    order,
+    ends,
+    tile_expert,
+    tile_start,
+    z,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    expert = tl.load(tile_expert + tile)
+    if expert < 0:
+        return
+    n, held = tile_rows(tile_start, ends, tile, expert, BLOCK_M)
+    token = tl.load(order + held) // K
+    f, d = tl.arange(0, F), tl.arange(0, BLOCK_D)
+    x_rows = x + token.to(tl.int64)[:, None] * D + d[None, :]
+    w_cols = weight + expert.to(tl.int64) * F * D + f[None, :] * D + d[:, None]
+    total = tl.zeros((BLOCK_M, F), tl.float32)
+    for first in range(0, D, BLOCK_D):
+        total = tl.dot(tl.load(x_rows + first), tl.load(w_cols + first), total)
+    total += tl.load(bias + expert * F + f).to(tl.float32)[None, :]
+    place = z + n.to(tl.int64)[:, None] * F + f[None, :]
+    tl.store(place, total.to(z.dtype.element_ty), mask=(n == held)[:, None])
+
+
+def down(
+    z_NF: torch.Tensor,
+    gates_TK: torch.Tensor,
+    slots: Slots,
+    fc2_EDF: torch.Tensor,
+    bias2_ED: torch.Tensor,
+    config: DownConfig = DOWN,
+    known: TileMaps | None = None,
+) -> torch.Tensor:
+    """y_ND bf16: gate * (W2 relu(z)^2 + b2) of each slot, in the order of slots."""
+    (_, D, F), N = fc2_EDF.shape, z_NF.shape[0]
+    y_ND = z_NF.new_empty(N, D)
+    expert_L, start_L = known_tiles(slots, config.rows, known)
+    cols = math.gcd(config.cols, D)
+    split = math.gcd(config.split, D // cols)
+    _down_kernel[(expert_L.numel() * split,)](
+        *(z_NF, gates_TK, fc2_EDF, bias2_ED, slots.order_N, slots.ends_E, expert_L, start_L, y_ND),
+        *(split, D, F, config.rows, cols),
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return y_ND
+
+
+@triton.jit
+def _down_kernel(
+    z,
+    gates,
+    weight,
+    bias,
+    order,
+    ends,
+    tile_expert,
+    tile_start,
+    y,
+    SPLIT: tl.constexpr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # Programs of one tile follow each other: they read the same rows of z.
+    tile = tl.program_id(0) // SPLIT
+    expert = tl.load(tile_expert + tile).to(tl.int64)
+    if expert < 0:
+        return
+    n, held = tile_rows(tile_start, ends, tile, expert, BLOCK_M)
+    gate = tl.load(gates + tl.load(order + held))
+    f, d = tl.arange(0, F), tl.arange(0, BLOCK_D)
+    positive = tl.load(z + held.to(tl.int64)[:, None] * F + f[None, :]).to(tl.float32)
+    positive = tl.maximum(positive, 0.0)
+    h = (positive * positive * gate[:, None]).to(z.dtype.element_ty)
+    w_cols = weight + expert * D * F + d[None, :] * F + f[:, None]
+    places = y + n.to(tl.int64)[:, None] * D + d[None, :]
+    begin = tl.program_id(0) % SPLIT * (D // SPLIT)
+    biases = bias + expert * D + d
+    b = tl.load(biases + begin)
+    for first in range(begin, begin + D // SPLIT, BLOCK_D):
+        out = tl.dot(h, tl.load(w_cols + first * F))
+        out += gate[:, None] * b.to(tl.float32)[None, :]
+        # Loaded a step before it is used: the pipeline holds only what enters a product. The last is not used.
+        b = tl.load(biases + (first + BLOCK_D) % D)
+        tl.store(places + first, out.to(y.dtype.element_ty), mask=(n == held)[:, None])

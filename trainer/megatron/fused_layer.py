@@ -1,0 +1,309 @@
+"""A decoder layer in two parts: one compiled function for all but its routed experts, and the kernels of these.
+
+`attention_half` is that function, pure and of tensors alone: norm, queries, keys and values (TPA or fused), QK-norm,
+rotation, value residual, attention with sinks, projection, residual, the second norm, and the expert that every token
+visits (or the dense MLP). torch.compile makes one graph of it, so that what lies between two matrix products is one
+kernel instead of ten; all layers of a kind share one compilation, weights being its arguments.
+
+The modules of the layer stay Megatron's (transformer_impl: local) and hold the weights, so checkpoints, optimizers and
+exports know no difference. Sampling runs the modules themselves: their rows attend over a cache (cached.py).
+
+Shapes: S positions, B rows, D hidden, H query heads, G key-value heads, C head dim, P = C / 2 planes, R rank of TPA.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch.nn.attention.flex_attention import BlockMask
+
+from trainer.megatron.attention import (
+    PackedRows,
+    ScoreFunction,
+    dense_attention,
+    flexible_scores,
+)
+from trainer.megatron.moe import StudentMoE
+from trainer.megatron.self_attention import ValueResidualAttention, ValueResidualLayer
+from trainer.megatron.tpa import TPAProjection
+
+Weights = dict[str, torch.Tensor]
+_FACTORS = ("a_query", "a_key", "a_value", "b_query", "b_key", "b_value")
+
+
+class LayerShape(NamedTuple):
+    """What tells one kind of layer from another: a layer's compilation is that of its shape.
+
+    q_rank, kv_rank: of TPA, 0 for a fused projection. window, scale: of attention. mixes: v_1 is mixed in.
+    gives: v_1 is returned.
+    """
+
+    groups: int
+    queries: int
+    head_dim: int
+    q_rank: int
+    kv_rank: int
+    eps: float
+    window: int | None
+    scale: float
+    rotated: bool
+    mixes: bool
+    gives: bool
+
+    @property
+    def heads(self) -> int:
+        """Of queries."""
+        return self.groups * self.queries
+
+
+class Halfway(NamedTuple):
+    """base_SBD: the layer's output but for its routed experts. x_SBD: what these take. value_SBGC: v_1, of layer 1."""
+
+    base_SBD: torch.Tensor
+    x_SBD: torch.Tensor
+    value_SBGC: torch.Tensor | None
+
+
+def attention_half(
+    hidden_SBD: torch.Tensor,
+    first_value_SBGC: torch.Tensor | None,
+    rotation_2SP: torch.Tensor,
+    weights: Weights,
+    mask: BlockMask | PackedRows,
+    *,
+    shape: LayerShape,
+    score_function: ScoreFunction | None,
+) -> Halfway:
+    """See the module. rotation_2SP: cos and sin of every position and plane, fp32. weights: `layer_weights`.
+    mask: FlexAttention's; PackedRows for the dense evaluation.
+
+    Everything outside of products and attention is computed in fp32 (fp64 of fp64) and rounded once to the dtype of
+    hidden where a product, or the residual stream, takes it.
+    """
+    mixed_SBX = before_attention(
+        hidden_SBD, weights["norm1"], projection(weights, shape), shape.eps
+    )
+    query, key, value, first = queries_keys_values(
+        mixed_SBX, first_value_SBGC, rotation_2SP, weights, shape
+    )
+    heads_first = [heads.permute(1, 2, 0, 3) for heads in (query, key, value)]
+    out_BHSC = _attended(*heads_first, weights["sink"], mask, shape, score_function)
+    out_SBX = out_BHSC.permute(2, 0, 1, 3).flatten(2)
+    base_SBD, x_SBD = after_attention(hidden_SBD, out_SBX, after_weights(weights), shape.eps)
+    return Halfway(base_SBD, x_SBD, first)
+
+
+def _attended(
+    query_BHSC: torch.Tensor,
+    key_BGSC: torch.Tensor,
+    value_BGSC: torch.Tensor,
+    sink_H: torch.Tensor,
+    mask: BlockMask | PackedRows,
+    shape: LayerShape,
+    score_function: ScoreFunction | None,
+) -> torch.Tensor:
+    inputs = (query_BHSC, key_BGSC, value_BGSC, sink_H, mask)
+    if isinstance(mask, BlockMask):
+        return flexible_scores(*inputs, score_function=score_function, scale=shape.scale)
+    return dense_attention(
+        *inputs, window=shape.window, score_function=score_function, scale=shape.scale
+    )
+
+
+def before_attention(
+    hidden_SBD: torch.Tensor,
+    norm_D: torch.Tensor,
+    maps: tuple[tuple[torch.Tensor, ...], torch.Tensor | None],
+    eps: float,
+) -> torch.Tensor:
+    """The norm and the projection, [S, B, X]: TPA's factors side by side, or queries, keys, values with their bias."""
+    weights, bias = maps
+    normed_SBD = rms_norm(hidden_SBD, norm_D, eps).to(hidden_SBD.dtype)
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+    return torch.nn.functional.linear(normed_SBD, weight, bias)
+
+
+def after_attention(
+    hidden_SBD: torch.Tensor, out_SBX: torch.Tensor, weights: tuple[torch.Tensor, ...], eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """base and x of Halfway, from the layer's input and attention's output."""
+    proj, proj_bias, norm, fc1, fc1_bias, fc2, fc2_bias = weights
+    linear = torch.nn.functional.linear
+    residual_SBD = hidden_SBD + linear(out_SBX, proj, proj_bias)
+    x_SBD = rms_norm(residual_SBD, norm, eps).to(hidden_SBD.dtype)
+    inner = torch.relu(linear(x_SBD, fc1, fc1_bias)).square()
+    return residual_SBD + linear(inner, fc2, fc2_bias), x_SBD
+
+
+def queries_keys_values(
+    mixed_SBX: torch.Tensor,
+    first_value_SBGC: torch.Tensor | None,
+    rotation_2SP: torch.Tensor,
+    weights: Weights,
+    shape: LayerShape,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """What attention takes, and v_1 where the layer gives it: [S, B, H or G, C] each, in mixed's dtype."""
+    dtype = mixed_SBX.dtype
+    query, key, value = _split(mixed_SBX, weights, shape)
+    query = rms_norm(query, weights["q_norm"], shape.eps)
+    key = rms_norm(key, weights["k_norm"], shape.eps)
+    if shape.rotated:
+        query, key = rotated(query, rotation_2SP), rotated(key, rotation_2SP)
+    value = value.to(dtype)
+    first = value if shape.gives else None
+    if shape.mixes:
+        logit = weights["value_residual"]
+        value = torch.sigmoid(logit) * value + torch.sigmoid(-logit) * first_value_SBGC
+    return query.to(dtype), key.to(dtype), value.to(dtype), first
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in fp32 or wider, not rounded back (arXiv 1910.07467)."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight.to(x.dtype)
+
+
+def rotated(x_SBHC: torch.Tensor, rotation_2SP: torch.Tensor) -> torch.Tensor:
+    """Plane p, the channels p and p + P of each head, turned by its position's angle."""
+    cos, sin = rotation_2SP.to(x_SBHC.dtype)[:, :, None, None, :].unbind(0)
+    left, right = x_SBHC.chunk(2, dim=-1)
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+
+
+def projection(
+    weights: Weights, shape: LayerShape
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+    """Maps and bias of `before_attention`; the bias of TPA is added to the factors' products."""
+    if shape.q_rank == 0:
+        return (weights["qkv"],), weights["qkv_bias"]
+    return tuple(weights[name] for name in _FACTORS), None
+
+
+def after_weights(weights: Weights) -> tuple[torch.Tensor, ...]:
+    """Those of `after_attention`, in its order."""
+    names = ("proj", "proj_bias", "norm2", "fc1", "fc1_bias", "fc2", "fc2_bias")
+    return tuple(weights[name] for name in names)
+
+
+def _split(
+    mixed_SBX: torch.Tensor, weights: Weights, shape: LayerShape
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """query [S, B, H, C], key and value [S, B, G, C], biases added; of TPA in fp32 or wider."""
+    groups, queries, C = shape.groups, shape.queries, shape.head_dim
+    if shape.q_rank == 0:
+        mixed = mixed_SBX.unflatten(-1, (groups, queries + 2, C))
+        query, key, value = mixed.split([queries, 1, 1], dim=-2)
+        return query.flatten(2, 3), key.flatten(2, 3), value.flatten(2, 3)
+    factors = mixed_SBX.split([len(weights[name]) for name in _FACTORS], dim=-1)
+    bias = weights["qkv_bias"].view(groups, queries + 2, C).split([queries, 1, 1], dim=1)
+    ranks = (shape.q_rank, shape.kv_rank, shape.kv_rank)
+    query, key, value = (
+        _product_of_factors(a, b, rank, C) + of.flatten(0, 1)
+        for a, b, rank, of in zip(factors[:3], factors[3:], ranks, bias, strict=True)
+    )
+    return query, key, value
+
+
+def _product_of_factors(
+    a_SBX: torch.Tensor, b_SBY: torch.Tensor, rank: int, head_dim: int
+) -> torch.Tensor:
+    """[S, B, heads, C]: sum over the ranks of a [.., heads, R] times b [.., R, C], divided by R."""
+    wide = torch.promote_types(a_SBX.dtype, torch.float32)
+    a = a_SBX.to(wide).unflatten(-1, (-1, rank, 1))
+    b = b_SBY.to(wide).unflatten(-1, (1, rank, head_dim))
+    return (a * b).sum(dim=-2) / rank
+
+
+def layer_weights(layer: TransformerLayer) -> Weights:
+    """The parameters of `attention_half` by its names."""
+    attention, core = layer.self_attention, layer.self_attention.core_attention
+    feed = getattr(layer.mlp, "shared_experts", layer.mlp)
+    qkv = attention.linear_qkv
+    weights = {
+        "norm1": layer.input_layernorm.weight,
+        "q_norm": attention.q_layernorm.weight,
+        "k_norm": attention.k_layernorm.weight,
+        "qkv_bias": qkv.bias,
+        "sink": core.sink,
+        "proj": attention.linear_proj.weight,
+        "proj_bias": attention.linear_proj.bias,
+        "norm2": layer.pre_mlp_layernorm.weight,
+        "fc1": feed.linear_fc1.weight,
+        "fc1_bias": feed.linear_fc1.bias,
+        "fc2": feed.linear_fc2.weight,
+        "fc2_bias": feed.linear_fc2.bias,
+    }
+    if isinstance(qkv, TPAProjection):
+        weights |= {name: getattr(qkv, name) for name in _FACTORS}
+    else:
+        weights["qkv"] = qkv.weight
+    if hasattr(attention, "value_residual_logit"):
+        weights["value_residual"] = attention.value_residual_logit
+    return weights
+
+
+class CompiledLayer(ValueResidualLayer):
+    """A TransformerLayer that runs packed rows of training and evaluation by `attention_half`, and all others by its
+    modules, which must be Megatron's own (transformer_impl: local) without tensor parallelism.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, *arguments: Any, **keywords: Any) -> tuple:
+        """hidden [S, B, D] and v_1, as of ValueResidualLayer; `rotary_pos_emb` is `rotation_table` for plain rows."""
+        rows, context = keywords["packed_seq_params"], keywords.get("context")
+        if not is_plain(rows):
+            return super().forward(hidden_states, *arguments, **keywords)
+        core = self.self_attention.core_attention
+        flex = core.backend == "flex"
+        base_SBD, x_SBD, value_SBGC = (_compiled() if flex else attention_half)(
+            hidden_states,
+            context,
+            keywords["rotary_pos_emb"],
+            layer_weights(self),
+            rows.block_mask(core.window) if flex else rows,
+            shape=self._kind,
+            score_function=core.score_function,
+        )
+        if isinstance(self.mlp, StudentMoE):
+            base_SBD = self.mlp.routed(x_SBD, keywords.get("padding_mask"), base_SBD)
+        return base_SBD, context if value_SBGC is None else value_SBGC
+
+    @functools.cached_property
+    def _kind(self) -> LayerShape:
+        config, attention = self.config, self.self_attention
+        core, qkv = attention.core_attention, attention.linear_qkv
+        factored = isinstance(qkv, TPAProjection)
+        residual = isinstance(attention, ValueResidualAttention)
+        return LayerShape(
+            groups=config.num_query_groups,
+            queries=config.num_attention_heads // config.num_query_groups,
+            head_dim=config.kv_channels,
+            q_rank=qkv.q_rank if factored else 0,
+            kv_rank=qkv.kv_rank if factored else 0,
+            eps=config.layernorm_epsilon,
+            window=core.window,
+            scale=core.scale,
+            rotated=not config.no_rope_freq[self.layer_number - 1],
+            mixes=residual and self.layer_number > 1,
+            gives=residual and self.layer_number == 1,
+        )
+
+
+def is_plain(rows: PackedRows) -> bool:
+    """Packed rows as training has them: no cache beside them, positions 0 .. S - 1."""
+    return type(rows) is PackedRows and rows.position_SB is None
+
+
+def rotation_table(angle_SC: torch.Tensor) -> torch.Tensor:
+    """cos and sin of Megatron's angles [S, 1, 1, C], planes repeated, to [2, S, C / 2]."""
+    angle_SP = angle_SC[:, 0, 0, : angle_SC.shape[-1] // 2]
+    return torch.stack([angle_SP.cos(), angle_SP.sin()])
+
+
+@functools.cache
+def _compiled() -> Any:
+    """One graph or an error. A graph for each kind of layer, for training and evaluation, for each number of rows."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return torch.compile(attention_half, fullgraph=True, dynamic=False)
