@@ -8,17 +8,14 @@ from typing import Any
 
 # The first pattern that is found in a kernel's name names its class.
 _CLASSES = (
-    ("attention", r"flex_attention|tem_fused_.*attention"),
-    ("experts", r"_(up|down|inner|spread|weight|fc1|fc2|expert)\w*_kernel|grouped|GroupProblem"),
-    (
-        "routing and moving",
-        r"_rout\w*_kernel|_sort|_place|_histogram|_rank|_scan|_tile|_sum_slots|radix|_count",
-    ),
-    ("lm_head loss", r"_lm_head\w*|_exp_tile|_slot\w*_kernel|_settle"),
-    ("matrix products", r"nvjet|cutlass|gemm|cublas|splitK|wgmma"),
-    ("optimizer", r"multi_tensor|adam|_gram|_iterate|_apply|polar"),
-    ("between products (compiled)", r"^triton_"),
-    ("copies and fills", r"[Mm]em(cpy|set)|copy_kernel|fill|FillFunctor|CopyKernel"),
+    ("attention", r"flex_attention"),
+    ("lm_head loss, but two products", r"_exp_|_slot|_mark|_settle|_scaled"),
+    ("experts", r"_(up|down|inner|rows|outer|sum)_kernel"),
+    ("routing", r"_(choose|logits_gradient|histogram|rank|tiles)\w*_kernel|[Ss]can"),
+    ("optimizer", r"multi_tensor|adam|^(gram|polar|rows|apply)_kernel|foreach"),
+    ("matrix products", r"nvjet|cutlass|gemm|cublas|splitK"),
+    ("between products, compiled", r"^triton_"),
+    ("copies and fills", r"[Mm]em(cpy|set)|copy_kernel|[Ff]ill"),
 )
 
 

@@ -34,10 +34,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warm-up", type=int, default=4, help="steps left out of the medians")
     parser.add_argument("--name", default="", help="of the result file; not written without one")
-    parser.add_argument("--kernels", action="store_true", help="profile one more step")
+    parser.add_argument(
+        "--kernels", action="store_true", help="profile one more step, launched one by one"
+    )
     parser.add_argument("--chart", type=Path, help="PNG of where the time goes; needs --kernels")
     arguments = parser.parse_intermixed_args()
     config = load_config(KDConfig, arguments.config, tuple(arguments.overrides))
+    if arguments.kernels and config.cuda_graph:
+        # The profiler of torch 2.11 ends with a segmentation fault on graphs of ten thousand kernels (seen).
+        parser.error("--kernels needs cuda_graph=false")
     figures, rank = measure(config, arguments.steps, arguments.warm_up, kernels=arguments.kernels)
     if rank:
         return
@@ -71,8 +76,9 @@ def measure(
             "timing": timing(config, run.seq_len, records[warm_up:], topology),
             "memory_gib": memory_by_part(run.trainer, topology.device),
         }
+        if topology.rank == 0:
+            print(figures["timing"], figures["memory_gib"], flush=True)
         if kernels:
-            figures["layers"] = layer_times(run.trainer)
             figures["kernels_ms"] = kernel_times(run)
             figures["classes_ms"] = by_class(figures["kernels_ms"])
         return figures, topology.rank
@@ -181,34 +187,6 @@ def _bytes(tensors: Any) -> int:
 def kernel_times(run: Any) -> dict[str, dict[str, float]]:
     """Milliseconds and calls of every kernel in one step."""
     return profiled(lambda: take_steps(run, 1))
-
-
-def layer_times(trainer: Any, *, repeats: int = 10) -> dict[str, Any]:
-    """Replays of the recorded layers alone: milliseconds of both passes, and of their kernels by class; empty without
-    recorded layers. What the replays add to gradients is cleared by the next step.
-    """
-    import torch
-
-    if trainer._graphed is None:
-        return {}
-    recorded = trainer._graphed._recorded
-    figures: dict[str, Any] = {}
-    for name, graph in (("forward", recorded.forward_graph), ("backward", recorded.backward_graph)):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(repeats):
-            graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        kernels = profiled(graph.replay)
-        figures[name] = {
-            "ms": start.elapsed_time(end) / repeats,
-            "kernels": sum(int(of["calls"]) for of in kernels.values()),
-            "classes_ms": by_class(kernels),
-            "longest": dict(list(kernels.items())[:40]),
-        }
-    trainer._forget_routing()
-    return figures
 
 
 if __name__ == "__main__":

@@ -69,8 +69,9 @@ def seen() -> dict[str, dict[str, Any]]:
 def test_compiled_layers_train_as_the_modules_do(seen) -> None:
     """Roundings differ, and with them some choices of experts; test_fused_layer.py compares with fp64."""
     modules, compiled = seen["modules"], seen["compiled"]
-    assert compiled["losses"] == pytest.approx(modules["losses"], rel=2e-2)
+    assert compiled["losses"][0] == pytest.approx(modules["losses"][0], rel=1e-2)
     assert compiled["norms"][0] == pytest.approx(modules["norms"][0], rel=5e-2)
+    assert compiled["losses"] == pytest.approx(modules["losses"], rel=5e-2)
 
 
 def test_recording_changes_no_bit(seen) -> None:

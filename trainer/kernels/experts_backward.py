@@ -52,7 +52,9 @@ class OuterConfig(NamedTuple):
 
 INNER = InnerConfig(rows=64, step=64, warps=8, stages=3)
 ROWS = RowsConfig(rows=128, cols=64, split=1, warps=8, stages=3)
-OUTER = OuterConfig(cols=64, step=64, warps=4, stages=3)
+# (64, 64, 4, 3) is a quarter faster, and on an H200 with Triton 3.6 it gave other bits from run to run: a race that the
+# compiler makes. A new choice here has to pass tests/gpu/test_moe_kernels.py.
+OUTER = OuterConfig(cols=128, step=32, warps=8, stages=5)
 
 
 def gradients(

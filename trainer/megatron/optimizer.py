@@ -82,7 +82,10 @@ def gradient_norm(chain: ChainedOptimizer) -> float:
     """
     squares = []
     for optimizer in chain.chained_optimizers:
-        norms = torch._foreach_norm(optimizer.get_main_grads_for_grad_norm())
+        # A tensor-parallel rank may hold copies alone, which count on another.
+        grads = optimizer.get_main_grads_for_grad_norm()
+        device = optimizer.get_parameters()[0].device
+        norms = torch._foreach_norm(grads) if grads else [torch.zeros((), device=device)]
         square = torch.stack(norms).square().sum()
         dist.all_reduce(square, group=optimizer.get_grad_stats_parallel_group())
         squares.append(square)
