@@ -8,7 +8,7 @@ from typing import Any
 
 # The first pattern that is found in a kernel's name names its class.
 _CLASSES = (
-    ("attention", r"flex_attention"),
+    ("attention", r"attention|_(forward|queries|keys)_kernel|qkv"),
     ("lm_head loss, but two products", r"_exp_|_slot|_mark|_settle|_scaled"),
     ("experts", r"_(up|down|inner|rows|outer|sum)_kernel"),
     ("routing", r"_(choose|logits_gradient|histogram|rank|tiles)\w*_kernel|[Ss]can"),

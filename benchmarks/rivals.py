@@ -1,7 +1,7 @@
-"""One decoder layer at the student's sizes, forward and backward: stock Megatron-Core, transformers 5, and ours.
+"""One decoder layer at the student's sizes, forward and backward: stock Megatron-Core and transformers 5.
 
     python -m benchmarks.rivals --device cuda                 all ways, 16384 and 32768 tokens, bf16
-    python -m benchmarks.rivals --device cuda --only hf_nemotron_grouped_mm,ours
+    python -m benchmarks.rivals --device cuda --only hf_nemotron_grouped_mm,megatron_te
     python -m benchmarks.rivals --device cpu                  tiny, float32; shows that it runs
 
 Sizes: hidden 1024, 8 heads, 2 KV groups, head dim 128, 256 experts of width 128, top-4 of 4 of 8 groups by sigmoid, a
@@ -63,11 +63,6 @@ LIMIT_SEC = 40  # of building a way, and of each number of tokens: its first com
 Sizes = dict[str, Any]
 # Layers that map hidden states to hidden states, and where the number of tokens stands in them: "sbd" or "bsd".
 Made = tuple[Callable[[torch.Tensor], torch.Tensor], list[torch.nn.Parameter], str]
-
-
-def ours(sizes: Sizes, device: str) -> Made:
-    """The student's own layer, added where it is integrated: LAYERS of them, their parameters, and "sbd" or "bsd"."""
-    raise NotImplementedError("benchmarks/rivals.py: ours")
 
 
 def megatron(sizes: Sizes, device: str, *, fused: bool) -> Made:
@@ -237,7 +232,6 @@ def _hf_model(kind: Any, config: Any, device: str, experts: str) -> Any:
 
 
 WAYS: dict[str, Callable[[Sizes, str], Made]] = {
-    "ours": ours,
     "hf_nemotron_grouped_mm": lambda sizes, device: nemotron(sizes, device, experts="grouped_mm"),
     "hf_glm_grouped_mm": lambda sizes, device: glm(sizes, device, experts="grouped_mm"),
     "hf_nemotron_eager": lambda sizes, device: nemotron(sizes, device, experts="eager"),

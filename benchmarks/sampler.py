@@ -36,7 +36,7 @@ BANDWIDTH = 4.8e12  # bytes/s of an H200
 ON_CUDA = {
     "device": "cuda",
     "transformer_impl": "local",
-    "core_attention": "flex",
+    "core_attention": "triton",
     "expert_compute": "triton",
     "precision": "bf16",
 }

@@ -33,7 +33,6 @@ class Batch:
     """What a training or evaluation step needs of B packed rows of T tokens.
 
     tokens_BT: int64. doc_ids_BT: int32, number of the document in its row, -1 on padding.
-    doc_starts_BT: int32, position in the row at which the token's document begins; on padding, the padding.
     labels_BT: int64, token t+1; PAD where position t has none (last token of a document, padding).
     label_spans_BT: uint8, span of token t+1; 0 where it is no target, so never across documents.
     is_control_BT: bool, the label is a target and a control id (>= 199998).
@@ -53,7 +52,6 @@ class Batch:
 
     tokens_BT: torch.Tensor
     doc_ids_BT: torch.Tensor
-    doc_starts_BT: torch.Tensor
     labels_BT: torch.Tensor
     label_spans_BT: torch.Tensor
     is_control_BT: torch.Tensor
@@ -96,7 +94,7 @@ def make_batch(
     documents = [None] * len(rows) if documents is None else documents
     sampled = [None] * len(rows) if sampled is None else sampled
     tokens_BT = np.stack([row.tokens_T for row in rows])
-    doc_ids_BT, doc_starts_BT = _document_places(rows, tokens_BT.shape[1])
+    doc_ids_BT = _document_numbers(rows, tokens_BT.shape[1])
     label_spans_BT = _shift_within(np.stack([row.spans_T for row in rows]), doc_ids_BT, 0)
     labels_BT = _shift_within(tokens_BT, doc_ids_BT, PAD)
     is_target_BT = label_spans_BT != 0
@@ -109,7 +107,6 @@ def make_batch(
     return Batch(
         tokens_BT=torch.from_numpy(tokens_BT.astype(np.int64)),
         doc_ids_BT=torch.from_numpy(doc_ids_BT),
-        doc_starts_BT=torch.from_numpy(doc_starts_BT),
         labels_BT=torch.from_numpy(labels_BT.astype(np.int64)),
         label_spans_BT=torch.from_numpy(label_spans_BT),
         is_control_BT=torch.from_numpy(is_target_BT & (labels_BT >= FIRST_CONTROL_ID)),
@@ -119,18 +116,15 @@ def make_batch(
     )
 
 
-def _document_places(rows: Sequence[PackedRow], num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Number and first position of each token's document, int32 [B, T] each; padding is one more, numbered -1."""
+def _document_numbers(rows: Sequence[PackedRow], num_tokens: int) -> np.ndarray:
+    """Number of each token's document, int32 [B, T], -1 on padding."""
     doc_ids_BT = np.empty((len(rows), num_tokens), dtype=np.int32)
-    doc_starts_BT = np.empty_like(doc_ids_BT)
     for b, row in enumerate(rows):
-        starts_N = np.concatenate([[0], row.doc_ends_D]).astype(np.int32)
-        lengths_N = np.diff(starts_N, append=num_tokens)
-        numbers_N = np.arange(len(starts_N), dtype=np.int32)
+        lengths_N = np.diff(np.concatenate([[0], row.doc_ends_D]), append=num_tokens)
+        numbers_N = np.arange(len(lengths_N), dtype=np.int32)
         numbers_N[-1] = NO_DOCUMENT
         doc_ids_BT[b] = np.repeat(numbers_N, lengths_N)
-        doc_starts_BT[b] = np.repeat(starts_N, lengths_N)
-    return doc_ids_BT, doc_starts_BT
+    return doc_ids_BT
 
 
 def _shift_within(values_BT: np.ndarray, doc_ids_BT: np.ndarray, fill: int) -> np.ndarray:

@@ -35,8 +35,8 @@ class ModelRuntime(Config):
     """How the model is computed: nothing here is guessed from the machine.
 
     transformer_impl: layers as Megatron's own modules, as TransformerEngine's (CUDA only), or compiled: Megatron's hold
-    the weights, and one compiled graph a kind of layer computes them (CUDA with flex, no tensor parallelism).
-    core_attention: FlexAttention (CUDA only) or the dense evaluation of the same functions, S x S scores kept.
+    the weights, compiled functions and kernels compute them (CUDA with triton attention, no tensor parallelism).
+    core_attention: Triton kernels (CUDA, bf16) or the dense evaluation of the same functions, S x S scores kept.
     expert_compute: grouped Triton kernels for all experts at once (CUDA, bf16) or a plain loop. precision: of weights
     and activations; gradients and optimizer states are fp32. deterministic: only kernels that repeat bit by bit.
     recompute: keep only layer inputs and compute each layer again in the backward pass.
@@ -46,7 +46,7 @@ class ModelRuntime(Config):
 
     device: Literal["cpu", "cuda"]
     transformer_impl: Literal["local", "transformer_engine", "compiled"]
-    core_attention: Literal["flex", "dense"]
+    core_attention: Literal["triton", "dense"]
     expert_compute: Literal["triton", "loop"]
     precision: Literal["fp32", "bf16"]
     deterministic: bool = False
@@ -69,8 +69,8 @@ class ModelRuntime(Config):
         cuda = self.device == "cuda"
         rules = [
             (
-                cuda or self.core_attention != "flex",
-                "core_attention: flex needs device: cuda (it has no backward on CPU); set it to dense",
+                self.core_attention == "dense" or (cuda and self.precision == "bf16"),
+                "core_attention: triton needs device: cuda and precision: bf16; set it to dense",
             ),
             (
                 cuda or self.transformer_impl == "local",
@@ -81,8 +81,8 @@ class ModelRuntime(Config):
                 "expert_compute: triton needs device: cuda and precision: bf16; set it to loop",
             ),
             (
-                self.transformer_impl != "compiled" or self.core_attention == "flex",
-                "transformer_impl: compiled needs core_attention: flex; set it to local",
+                self.transformer_impl != "compiled" or self.core_attention == "triton",
+                "transformer_impl: compiled needs core_attention: triton; set it to local",
             ),
             (
                 not self.cuda_graph

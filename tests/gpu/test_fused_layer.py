@@ -66,9 +66,9 @@ def make_inputs(local: bool, first: bool, rows: int = S, batch: int = B):
     return draw(rows, batch, D), value, rotation, weights, document, shape
 
 
-def run(inputs, dtype: torch.dtype, half, backend: str) -> dict[str, torch.Tensor]:
+def run(inputs, dtype: torch.dtype, half) -> dict[str, torch.Tensor]:
     """Outputs and gradients of `half` in a dtype; fp32 stays what is fp32 in training."""
-    from trainer.megatron.attention import PackedRows, alibi
+    from trainer.megatron.attention import PackedRows
 
     hidden, value, rotation, weights, document, shape = inputs
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -85,9 +85,8 @@ def run(inputs, dtype: torch.dtype, half, backend: str) -> dict[str, torch.Tenso
         leaves.get("value"),
         leaves["rotation"],
         {name: leaves[name] for name in weights},
-        rows.block_mask(shape.window) if backend == "flex" else rows,
+        rows,
         shape=shape,
-        score_function=None if shape.rotated else alibi(H, 0),
     )
     generator = torch.Generator("cuda").manual_seed(2)
     results = {n: t for n, t in out._asdict().items() if t is not None}
@@ -100,13 +99,13 @@ def run(inputs, dtype: torch.dtype, half, backend: str) -> dict[str, torch.Tenso
     return results | {f"grad {n}": g for n, g in zip(used, grads, strict=True)}
 
 
-def errors(local: bool, first: bool, half=None, **sizes: int) -> dict[str, float]:
+def errors(local: bool, first: bool, **sizes: int) -> dict[str, float]:
     """Relative distance in norm of every output and gradient."""
-    from trainer.megatron.fused_layer import _compiled, attention_half
+    from trainer.megatron.fused_layer import attention_half, fused_half
 
     inputs = make_inputs(local, first, **sizes)
-    want = run(inputs, torch.float64, attention_half, "dense")
-    got = run(inputs, torch.bfloat16, half or _compiled(), "flex")
+    want = run(inputs, torch.float64, attention_half)
+    got = run(inputs, torch.bfloat16, fused_half)
     return {n: float((got[n].double() - w).norm() / w.norm()) for n, w in want.items()}
 
 

@@ -43,7 +43,7 @@ with distributed("cuda", config.parallel, seed=1) as topology:
     weights = [float(p.detach().double().abs().sum()) for p in trainer.student.parameters()]
 print(json.dumps({"losses": losses, "norms": norms, "graphs": graphs, "weights": weights}))
 """
-_FAST = {"precision": "bf16", "core_attention": "flex", "expert_compute": "triton"}
+_FAST = {"precision": "bf16", "core_attention": "triton", "expert_compute": "triton"}
 
 
 def _run(**runtime: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ SEQ_LEN = 256
 student = STUDENT | {"hidden": 128, "heads": 4, "head_dim": 32, "ffn": 128, "expert_width": 64, "shared_width": 64}
 student |= {"window": 32, "init_std": 0.05}
 runtime = {
-    "device": "cuda", "precision": "bf16", "core_attention": "flex", "expert_compute": "triton",
+    "device": "cuda", "precision": "bf16", "core_attention": "triton", "expert_compute": "triton",
     "deterministic": False, "student": student,
 }
 config = tiny_config(**runtime)

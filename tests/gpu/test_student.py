@@ -38,16 +38,16 @@ print(json.dumps(losses))
 """
 RUNTIMES = {
     "plain": {"precision": "fp32", "core_attention": "dense", "expert_compute": "loop"},
-    "local": {"precision": "bf16", "core_attention": "flex", "expert_compute": "triton"},
+    "local": {"precision": "bf16", "core_attention": "triton", "expert_compute": "triton"},
     "recompute": {
         "precision": "bf16",
-        "core_attention": "flex",
+        "core_attention": "triton",
         "expert_compute": "triton",
         "recompute": True,
     },
     "transformer_engine": {
         "precision": "bf16",
-        "core_attention": "flex",
+        "core_attention": "triton",
         "expert_compute": "triton",
         "transformer_impl": "transformer_engine",
     },

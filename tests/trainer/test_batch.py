@@ -38,7 +38,6 @@ def test_the_worked_example_of_the_format() -> None:
     assert batch.is_control_BT[0].tolist() == [True, False, False, True, True, *[False] * 5]
     assert batch.target_index_N.tolist() == [0, 1, 2, 3, 4, 5]
     assert batch.doc_ids_BT[0].tolist() == [0] * 8 + [-1, -1]
-    assert batch.doc_starts_BT[0].tolist() == [0] * 8 + [8, 8]
     assert batch.labels_BT[0, 7:].tolist() == [PAD] * 3
 
 
@@ -50,18 +49,16 @@ def test_labels_never_cross_a_document(rows: list[list[tuple[int, int, int]]], s
     seq_len = max(sum(len(tokens) for tokens, _ in row) for row in documents) + seed % 3
     batch = make_batch([pack(row, seq_len) for row in documents])
     for b, row in enumerate(documents):
-        labels, spans, ids, starts = [], [], [], []
+        labels, spans, ids = [], [], []
         for number, (tokens_T, spans_T) in enumerate(row):
             labels += [*tokens_T[1:].tolist(), PAD]
             spans += [*spans_T[1:].tolist(), 0]
-            starts += [len(ids)] * len(tokens_T)
             ids += [number] * len(tokens_T)
         fill = seq_len - len(labels)
         assert batch.labels_BT[b].tolist() == labels + [PAD] * fill
         assert batch.label_spans_BT[b].tolist() == spans + [0] * fill
         assert batch.doc_ids_BT[b].tolist() == ids + [-1] * fill
-        assert batch.doc_starts_BT[b].tolist() == starts + [len(ids)] * fill
-    assert batch.doc_ids_BT.dtype == batch.doc_starts_BT.dtype == torch.int32
+    assert batch.doc_ids_BT.dtype == torch.int32
     assert torch.equal(batch.target_index_N, batch.label_spans_BT.flatten().nonzero()[:, 0])
 
 

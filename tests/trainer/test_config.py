@@ -58,7 +58,7 @@ def test_the_locked_student_has_its_parameters() -> None:
         ("student.value_residual.init=1.5", "student.value_residual.init"),
         ("student.hiden=32", "did you mean 'hidden'?"),
         ("optimiser.lr=1", "did you mean 'optimizer'?"),
-        ("core_attention=flex", "set it to dense"),
+        ("core_attention=triton", "set it to dense"),
         ("expert_compute=triton", "set it to loop"),
         ("transformer_impl=transformer_engine", "set it to local"),
         ("student.router.groups=3", "experts must be a multiple of router.groups"),
@@ -119,7 +119,7 @@ def test_parts_of_the_student_are_refused_in_layouts_where_they_do_not_work(
         ("recompute=true", "cuda_graph and recompute exclude each other"),
         ("transformer_impl=local", "cuda_graph needs transformer_impl: compiled"),
         ("expert_compute=loop", "cuda_graph needs transformer_impl: compiled and expert_compute"),
-        ("core_attention=dense", "compiled needs core_attention: flex"),
+        ("core_attention=dense", "compiled needs core_attention: triton"),
     ],
 )
 def test_fast_paths_that_do_not_go_together_are_refused(override, said) -> None:

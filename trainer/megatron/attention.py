@@ -1,4 +1,4 @@
-"""Core attention: one set of mask and score functions, run by FlexAttention on CUDA and densely elsewhere.
+"""Core attention: masks and scores as functions, evaluated densely, and the Triton kernels that compute the same.
 
 Position i of a packed row sees position j when j <= i, both are of one document and, on a local layer, i - j < window
 (the window counts i itself). Global layers add the ALiBi bias -m_h (i - j), m_h = 2^(-8 h / H), h = 1..H, in fp32
@@ -27,10 +27,8 @@ from megatron.core.transformer.utils import (
     is_layer_window_attention,
     make_sharded_tensors_for_checkpoint,
 )
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-Backend = Literal["flex", "dense"]
-BLOCK = 128  # positions of a block of FlexAttention's masks, queries and keys alike
+Backend = Literal["triton", "dense"]
 Index = torch.Tensor
 MaskFunction = Callable[[Index, Index, Index, Index], torch.Tensor]
 ScoreFunction = Callable[[torch.Tensor, Index, Index, Index, Index], torch.Tensor]
@@ -48,46 +46,25 @@ def visible(document_BS: torch.Tensor, window: int | None) -> MaskFunction:
     return causal_in_document if window is None else causal_in_window
 
 
-def document_blocks(document_BS: torch.Tensor, window: int | None) -> BlockMask:
-    """FlexAttention's block mask of `visible`, from where documents begin: no pass over S x S pairs, no host wait.
+def visible_range(
+    document_BS: torch.Tensor, window: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(low_BS, high_BS), int32: the first position that each position sees, and the last one that sees it.
 
-    The positions that i sees are those from low(i) to i, low(i) the first of its document or of its window, which never
-    falls along a row. So block I sees block J where low of I's first position is at most J's last, and all pairs of the
-    two (no mask to evaluate) where J lies before I and low of I's last position is at most J's first.
+    document_BS: integers, equal for the positions of a document, which follow each other; padding has a number of its
+    own. window counts the position itself; None: the whole document. Both results never fall along a row.
     """
-    S, device = document_BS.shape[1], document_BS.device
-    place_S = torch.arange(S, dtype=torch.int32, device=device)
-    begins_BS = torch.ones_like(document_BS, dtype=torch.bool)
-    begins_BS[:, 1:] = document_BS[:, 1:] != document_BS[:, :-1]
+    place_S = torch.arange(document_BS.shape[1], dtype=torch.int32, device=document_BS.device)
+    edge_BS = document_BS[:, 1:] != document_BS[:, :-1]
+    begins_BS = torch.nn.functional.pad(edge_BS, (1, 0), value=True)
+    ends_BS = torch.nn.functional.pad(edge_BS, (0, 1), value=True)
     low_BS = torch.where(begins_BS, place_S, 0).cummax(dim=1).values
+    ends_BS = torch.where(ends_BS, place_S, document_BS.shape[1]).flip(1)
+    high_BS = ends_BS.cummin(dim=1).values.flip(1)
     if window is not None:
         low_BS = torch.maximum(low_BS, place_S - (window - 1))
-    first_N = torch.arange(0, S, BLOCK, device=device)
-    last_N = (first_N + (BLOCK - 1)).clamp(max=S - 1)
-    before_NN = first_N[None, :] < first_N[:, None]
-    sees_BNN = before_NN & (low_BS[:, first_N, None] <= last_N)
-    whole_BNN = before_NN & (low_BS[:, last_N, None] <= first_N)
-    part_BNN = sees_BNN & ~whole_BNN | (first_N[None, :] == first_N[:, None])
-    return BlockMask(
-        (S, S),
-        *_listed(part_BNN),
-        *_listed(whole_BNN),
-        *_listed(part_BNN.mT),
-        *_listed(whole_BNN.mT),
-        BLOCK_SIZE=(BLOCK, BLOCK),
-        mask_mod=visible(document_BS, window),
-    )
-
-
-def _listed(blocks_BNM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many blocks of each line are set, [B, 1, N], and their numbers first, ascending, [B, 1, N, M]; int32.
-
-    FlexAttention's kernels take them for contiguous: argsort of a transposed view would hand on its strides.
-    """
-    order_BNM = blocks_BNM.to(torch.int8, memory_format=torch.contiguous_format).argsort(
-        dim=-1, descending=True, stable=True
-    )
-    return blocks_BNM.sum(-1, dtype=torch.int32)[:, None], order_BNM.to(torch.int32)[:, None]
+        high_BS = torch.minimum(high_BS, place_S + (window - 1))
+    return low_BS.contiguous(), high_BS.contiguous()
 
 
 @functools.cache
@@ -138,11 +115,11 @@ class PackedRows(PackedSeqParams):
             scale=layer.scale,
         )
 
-    def block_mask(self, window: int | None) -> BlockMask:
-        """FlexAttention's block mask."""
-        if ("flex", window) not in self.masks:
-            self.masks["flex", window] = document_blocks(self.document_BS, window)
-        return self.masks["flex", window]
+    def visible_range(self, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """int32 [B, S] each: the first position that each one sees, and the last that sees it."""
+        if ("triton", window) not in self.masks:
+            self.masks["triton", window] = visible_range(self.document_BS, window)
+        return self.masks["triton", window]
 
     def dense_mask(self, window: int | None) -> torch.Tensor:
         """bool [B, 1, S, S], True where attention may look."""
@@ -182,7 +159,7 @@ def dense_attention(
     return (probability_BHSS @ v_BHSD).to(q_BHSD.dtype)
 
 
-def flexible_attention(
+def kernel_attention(
     q_BHSD: torch.Tensor,
     k_BGSD: torch.Tensor,
     v_BGSD: torch.Tensor,
@@ -193,43 +170,18 @@ def flexible_attention(
     score_function: ScoreFunction | None,
     scale: float,
 ) -> torch.Tensor:
-    """The same functions in FlexAttention's kernel; the sink scales the output by sigmoid(lse - b_h)."""
-    return flexible_scores(
-        q_BHSD,
-        k_BGSD,
-        v_BGSD,
+    """The same by the Triton kernels, bf16 on CUDA; of score functions they know ALiBi of all heads."""
+    from trainer.kernels.attention import attention
+
+    out_SBHD = attention(
+        *(heads.permute(2, 0, 1, 3) for heads in (q_BHSD, k_BGSD, v_BGSD)),
         sink_H,
-        rows.block_mask(window),
-        score_function=score_function,
+        *rows.visible_range(window),
+        window=window,
+        alibi=score_function is not None,
         scale=scale,
-        flex=_compiled_flex(),
     )
-
-
-def flexible_scores(
-    q_BHSD: torch.Tensor,
-    k_BGSD: torch.Tensor,
-    v_BGSD: torch.Tensor,
-    sink_H: torch.Tensor,
-    mask: BlockMask,
-    *,
-    score_function: ScoreFunction | None,
-    scale: float,
-    flex: Any = flex_attention,
-) -> torch.Tensor:
-    """`flexible_attention` of a mask; flex: FlexAttention, compiled unless the caller is. Returns [B, H, S, D]."""
-    out_BHSD, aux = flex(
-        q_BHSD,
-        k_BGSD,
-        v_BGSD,
-        score_mod=score_function,
-        block_mask=mask,
-        scale=scale,
-        enable_gqa=q_BHSD.shape[1] != k_BGSD.shape[1],
-        return_aux=AuxRequest(lse=True),
-    )
-    gate_BHS = torch.sigmoid(aux.lse - sink_H.float()[None, :, None])
-    return (out_BHSD * gate_BHS[..., None]).to(q_BHSD.dtype)
+    return out_SBHD.permute(1, 2, 0, 3)
 
 
 class CoreAttention(MegatronModule):
@@ -260,7 +212,7 @@ class CoreAttention(MegatronModule):
         )
         self.scale = config.kv_channels**-0.5
         self.backend = backend
-        self.kernel = flexible_attention if backend == "flex" else dense_attention
+        self.kernel = kernel_attention if backend == "triton" else dense_attention
         # Drawn for every head and sliced: the values, and all drawn after them, do not depend on the TP size.
         sink = torch.empty(config.num_attention_heads, device=torch.cuda.current_device())
         config.init_method(sink)
@@ -305,8 +257,3 @@ def _indices(
     axes = [torch.arange(n, device=device) for n in (B, heads, S, S)]
     b, h, i, j = (axis.view([-1 if d == n else 1 for d in range(4)]) for n, axis in enumerate(axes))
     return b, h, i, j
-
-
-@functools.cache
-def _compiled_flex() -> Any:
-    return torch.compile(flex_attention)

@@ -1,9 +1,10 @@
-"""A decoder layer in two parts: one compiled function for all but its routed experts, and the kernels of these.
+"""A decoder layer as few kernels: compiled functions around the products, Triton between projection and output.
 
-`attention_half` is that function, pure and of tensors alone: norm, queries, keys and values (TPA or fused), QK-norm,
-rotation, value residual, attention with sinks, projection, residual, the second norm, and the expert that every token
-visits (or the dense MLP). torch.compile makes one graph of it, so that what lies between two matrix products is one
-kernel instead of ten; all layers of a kind share one compilation, weights being its arguments.
+`attention_half` is the layer but its routed experts, pure and of tensors alone: norm, projection (TPA's factors or
+fused), queries, keys and values with QK-norm, rotation and value residual, attention with sinks, output projection,
+residual, second norm, and the expert that every token visits (or the dense MLP). `fused_half` computes the same on
+CUDA: what surrounds the products by torch.compile (one compilation for all layers of a kind, weights being arguments),
+the rest by trainer/kernels/qkv.py and attention.py; the routed experts follow by trainer/kernels/experts.py.
 
 The modules of the layer stay Megatron's (transformer_impl: local) and hold the weights, so checkpoints, optimizers and
 exports know no difference. Sampling runs the modules themselves: their rows attend over a cache (cached.py).
@@ -18,14 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from torch.nn.attention.flex_attention import BlockMask
 
-from trainer.megatron.attention import (
-    PackedRows,
-    ScoreFunction,
-    dense_attention,
-    flexible_scores,
-)
+from trainer.megatron.attention import PackedRows, alibi, dense_attention
 from trainer.megatron.moe import StudentMoE
 from trainer.megatron.self_attention import ValueResidualAttention, ValueResidualLayer
 from trainer.megatron.tpa import TPAProjection
@@ -72,13 +67,12 @@ def attention_half(
     first_value_SBGC: torch.Tensor | None,
     rotation_2SP: torch.Tensor,
     weights: Weights,
-    mask: BlockMask | PackedRows,
+    rows: PackedRows,
     *,
     shape: LayerShape,
-    score_function: ScoreFunction | None,
 ) -> Halfway:
-    """See the module. rotation_2SP: cos and sin of every position and plane, fp32. weights: `layer_weights`.
-    mask: FlexAttention's; PackedRows for the dense evaluation.
+    """See the module; in plain torch with dense attention. rotation_2SP: cos and sin of every position and plane, fp32.
+    weights: `layer_weights`.
 
     Everything outside of products and attention is computed in fp32 (fp64 of fp64) and rounded once to the dtype of
     hidden where a product, or the residual stream, takes it.
@@ -89,28 +83,60 @@ def attention_half(
     query, key, value, first = queries_keys_values(
         mixed_SBX, first_value_SBGC, rotation_2SP, weights, shape
     )
-    heads_first = [heads.permute(1, 2, 0, 3) for heads in (query, key, value)]
-    out_BHSC = _attended(*heads_first, weights["sink"], mask, shape, score_function)
+    out_BHSC = dense_attention(
+        *(heads.permute(1, 2, 0, 3) for heads in (query, key, value)),
+        weights["sink"],
+        rows,
+        window=shape.window,
+        score_function=alibi(shape.heads, 0) if shape.window is None else None,
+        scale=shape.scale,
+    )
     out_SBX = out_BHSC.permute(2, 0, 1, 3).flatten(2)
     base_SBD, x_SBD = after_attention(hidden_SBD, out_SBX, after_weights(weights), shape.eps)
     return Halfway(base_SBD, x_SBD, first)
 
 
-def _attended(
-    query_BHSC: torch.Tensor,
-    key_BGSC: torch.Tensor,
-    value_BGSC: torch.Tensor,
-    sink_H: torch.Tensor,
-    mask: BlockMask | PackedRows,
+def fused_half(
+    hidden_SBD: torch.Tensor,
+    first_value_SBGC: torch.Tensor | None,
+    rotation_2SP: torch.Tensor,
+    weights: Weights,
+    rows: PackedRows,
+    *,
     shape: LayerShape,
-    score_function: ScoreFunction | None,
-) -> torch.Tensor:
-    inputs = (query_BHSC, key_BGSC, value_BGSC, sink_H, mask)
-    if isinstance(mask, BlockMask):
-        return flexible_scores(*inputs, score_function=score_function, scale=shape.scale)
-    return dense_attention(
-        *inputs, window=shape.window, score_function=score_function, scale=shape.scale
+) -> Halfway:
+    """`attention_half` on CUDA in bf16: two compiled functions, and two kernels between them."""
+    from trainer.kernels.attention import attention
+    from trainer.kernels.qkv import qkv
+
+    (S, B), tpa = hidden_SBD.shape[:2], shape.q_rank > 0
+    before, after = _compiled()
+    mixed_SBX = before(hidden_SBD, weights["norm1"], projection(weights, shape), shape.eps)
+    heads = qkv(
+        mixed_SBX.flatten(0, 1),
+        weights["qkv_bias"] if tpa else None,
+        weights["q_norm"],
+        weights["k_norm"],
+        rotation_2SP if shape.rotated else None,
+        first_value_SBGC.flatten(0, 1) if shape.mixes else None,
+        weights["value_residual"] if shape.mixes else None,
+        rows=B,
+        heads=shape.heads,
+        groups=shape.groups,
+        head_dim=shape.head_dim,
+        q_rank=shape.q_rank,
+        kv_rank=shape.kv_rank,
+        eps=shape.eps,
     )
+    query, key, value = (of.unflatten(0, (S, B)) for of in heads)
+    out_SBHC = attention(
+        *(query, key, value, weights["sink"], *rows.visible_range(shape.window)),
+        window=shape.window,
+        alibi=shape.window is None,
+        scale=shape.scale,
+    )
+    base_SBD, x_SBD = after(hidden_SBD, out_SBHC.flatten(2), after_weights(weights), shape.eps)
+    return Halfway(base_SBD, x_SBD, value if shape.gives else None)
 
 
 def before_attention(
@@ -255,16 +281,14 @@ class CompiledLayer(ValueResidualLayer):
         rows, context = keywords["packed_seq_params"], keywords.get("context")
         if not is_plain(rows):
             return super().forward(hidden_states, *arguments, **keywords)
-        core = self.self_attention.core_attention
-        flex = core.backend == "flex"
-        base_SBD, x_SBD, value_SBGC = (_compiled() if flex else attention_half)(
+        dense = self.self_attention.core_attention.backend == "dense"
+        base_SBD, x_SBD, value_SBGC = (attention_half if dense else fused_half)(
             hidden_states,
             context,
             keywords["rotary_pos_emb"],
             layer_weights(self),
-            rows.block_mask(core.window) if flex else rows,
+            rows,
             shape=self._kind,
-            score_function=core.score_function,
         )
         if isinstance(self.mlp, StudentMoE):
             base_SBD = self.mlp.routed(x_SBD, keywords.get("padding_mask"), base_SBD)
@@ -303,7 +327,16 @@ def rotation_table(angle_SC: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def _compiled() -> Any:
-    """One graph or an error. A graph for each kind of layer, for training and evaluation, for each number of rows."""
+def _compiled() -> tuple[Any, Any]:
+    """`before_attention` and `after_attention`, one graph each or an error, for each kind of layer and number of rows.
+
+    What lies between products is computed again in the backward pass: a norm or relu^2 costs one read, and a layer
+    keeps 2 tensors of the hidden states' size less (of 11 at the locked sizes).
+    """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    return torch.compile(attention_half, fullgraph=True, dynamic=False)
+    torch._functorch.config.aggressive_recomputation = True
+    compiled = [
+        torch.compile(function, fullgraph=True, dynamic=False)
+        for function in (before_attention, after_attention)
+    ]
+    return compiled[0], compiled[1]

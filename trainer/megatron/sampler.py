@@ -88,7 +88,7 @@ class Sampler:
         self._device = topology.device
         self._ep_group = parallel_state.get_expert_model_parallel_group()
         # One shape where attention is compiled; elsewhere rows are no longer than they must be.
-        self.row_len = seq_len if config.core_attention == "flex" else None
+        self.row_len = seq_len if config.core_attention == "triton" else None
         self.steps_between_looks = _STEPS_BETWEEN_LOOKS[topology.device.type]
         layers = [module for module in student.modules() if isinstance(module, CoreAttention)]
         caps = {

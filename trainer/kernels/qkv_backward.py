@@ -1,0 +1,360 @@
+"""Gradients of queries, keys and values (qkv.py): one kernel over tokens, and one that adds up what programs leave.
+
+A program takes some positions with all of their rows, so that it alone adds up the gradient of a position's rotation.
+What belongs to all tokens (bias, norms, logit) it leaves as fp32 sums of its own tokens, one row of `parts_LZ` a
+program; `_fold_kernel` adds these in a fixed order.
+
+Shapes: as in qkv.py; L programs, Z columns of a program's sums: [bias Y (TPA only) | q_norm C | k_norm C | logit].
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from trainer.kernels.qkv_heads import Program, QKVShape, before_norm, load_factors, load_halves
+
+BACKWARD = Program(tokens=16, warps=8, registers=128)
+MOST_ROWS = 64  # of a rotated layer: one program holds all of a position
+_FOLD = (
+    128,
+    16,
+)  # rows and columns of the sum of parts: at full width 114 programs of 64 KB a step
+
+Gradients = tuple[torch.Tensor | None, ...]
+
+
+def gradients(
+    query_grad_THC: torch.Tensor,
+    key_grad_TGC: torch.Tensor,
+    value_grad_TGC: torch.Tensor,
+    mixed_TX: torch.Tensor,
+    bias_Y: torch.Tensor | None,
+    q_norm_C: torch.Tensor,
+    k_norm_C: torch.Tensor,
+    rotation_2SP: torch.Tensor | None,
+    first_value_TGC: torch.Tensor | None,
+    logit: torch.Tensor | None,
+    *,
+    shape: QKVShape,
+    config: Program = BACKWARD,
+) -> Gradients:
+    """Gradients of the seven inputs of `qkv`, in their dtypes; None of those that are None.
+
+    The three gradients bf16, any strides with channels next to each other (else they are copied); others contiguous.
+    """
+    grads = [
+        g if g.stride(-1) == 1 else g.contiguous()
+        for g in (query_grad_THC, key_grad_TGC, value_grad_TGC)
+    ]
+    inputs = (mixed_TX, bias_Y, q_norm_C, k_norm_C, rotation_2SP, first_value_TGC, logit)
+    outs = [None if t is None else torch.empty_like(t) for t in inputs]
+    rows = shape.rows if rotation_2SP is not None else 1
+    held = triton.next_power_of_2(rows)
+    tokens = max(config.tokens, held)
+    programs = triton.cdiv(len(mixed_TX) // rows, tokens // held)
+    Y, P = shape.bias_width if shape.q_rank else 0, shape.head_dim // 2
+    Z = Y + 4 * P + 32  # the logit's column fills a line of 128 bytes
+    parts_LZ = mixed_TX.new_empty(programs, Z, dtype=torch.float32)
+    flags = (rotation_2SP is not None, logit is not None)
+    _backward_kernel[(programs,)](
+        *inputs,
+        *grads,
+        *(s for g in grads for s in g.stride()[:2]),
+        *(outs[0], outs[4], outs[5], parts_LZ, len(mixed_TX) // rows, shape.eps),
+        *(rows, held, shape.mixed_width, Y, Z, shape.heads, shape.groups, P),
+        *(shape.q_rank, shape.kv_rank, *shape.offsets(), *flags, tokens),
+        num_warps=min(16, config.warps * tokens // config.tokens),
+        maxnreg=config.registers,
+    )
+    block, cols = _FOLD
+    _fold_kernel[(triton.cdiv(Y + 4 * P + 1, cols),)](
+        *(parts_LZ, outs[1], outs[2], outs[3], outs[6], programs),
+        *(Y, 2 * P, Z, flags[1], block, cols),
+        num_warps=4,
+    )
+    return tuple(outs)
+
+
+@triton.jit
+def _backward_kernel(
+    mixed,
+    bias,
+    q_norm,
+    k_norm,
+    rotation,
+    first_value,
+    logit,
+    query_grad,
+    key_grad,
+    value_grad,
+    query_t,
+    query_h,
+    key_t,
+    key_h,
+    value_t,
+    value_h,
+    mixed_grad,
+    rotation_grad,
+    first_grad,
+    parts,
+    S,
+    eps,
+    ROWS: tl.constexpr,
+    HELD: tl.constexpr,
+    X: tl.constexpr,
+    Y: tl.constexpr,
+    Z: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    P: tl.constexpr,
+    RQ: tl.constexpr,
+    R: tl.constexpr,
+    AQ: tl.constexpr,
+    AK: tl.constexpr,
+    AV: tl.constexpr,
+    BQ: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    ROTATED: tl.constexpr,
+    MIXES: tl.constexpr,
+    M: tl.constexpr,
+):
+    # A program holds M / HELD positions; HELD: ROWS up to a power of two. Gradients of what is no token are zeros, so
+    # it adds nothing anywhere; its inputs are those of token 0.
+    m, p = tl.arange(0, M)[:, None], tl.arange(0, P)[None, :]
+    s, row = tl.program_id(0) * (M // HELD) + m // HELD, m % HELD
+    valid = (s < S) & (row < ROWS)
+    token = tl.where(valid, s.to(tl.int64) * ROWS + row, 0)
+    x, out, part = mixed + token * X, mixed_grad + token * X, parts + tl.program_id(0) * Z
+    cos, sin = 0.0, 0.0
+    if ROTATED:
+        turn = rotation + token // ROWS * P + p
+        cos, sin = tl.load(turn), tl.load(turn + S * P)
+    cos_grad, sin_grad = tl.zeros((M, P), tl.float32), tl.zeros((M, P), tl.float32)
+    cos_grad, sin_grad = _normed(
+        *(x, bias, q_norm, query_grad + token * query_t, query_h, out, part, part + Y),
+        *(valid, cos, sin, cos_grad, sin_grad, eps),
+        *(H, H // G, 0, H // G + 2, AQ, BQ, RQ, P, ROTATED, M),
+    )
+    cos_grad, sin_grad = _normed(
+        *(x, bias, k_norm, key_grad + token * key_t, key_h, out, part, part + Y + 2 * P),
+        *(valid, cos, sin, cos_grad, sin_grad, eps),
+        *(G, 1, H // G, H // G + 2, AK, BK, R, P, ROTATED, M),
+    )
+    if ROTATED:
+        place = tl.program_id(0) * (M // HELD) + tl.arange(0, M // HELD)[:, None]
+        to = rotation_grad + place.to(tl.int64) * P + p
+        of_cos = tl.sum(tl.reshape(cos_grad, (M // HELD, HELD, P)), axis=1)
+        of_sin = tl.sum(tl.reshape(sin_grad, (M // HELD, HELD, P)), axis=1)
+        tl.store(to, of_cos, mask=place < S)
+        tl.store(to + S * P, of_sin, mask=place < S)
+    _values(
+        *(x, bias, first_value, logit, value_grad + token * value_t, value_h, out, first_grad),
+        *(part, part + Y + 4 * P, token, valid),
+        *(G, H // G, AV, BV, R, P, MIXES, M),
+    )
+
+
+@triton.jit
+def _normed(
+    x,
+    bias,
+    weight,
+    grad,
+    grad_h,
+    out,
+    part,
+    weight_part,
+    valid,
+    cos,
+    sin,
+    cos_grad,
+    sin_grad,
+    eps,
+    HEADS: tl.constexpr,
+    PER: tl.constexpr,
+    FIRST: tl.constexpr,
+    SLOTS: tl.constexpr,
+    A_AT: tl.constexpr,
+    B_AT: tl.constexpr,
+    R: tl.constexpr,
+    P: tl.constexpr,
+    ROTATED: tl.constexpr,
+    M: tl.constexpr,
+):
+    # Queries or keys, as qkv._normed. Returns the gradients of cos and sin [M, P] with these heads added.
+    p = tl.arange(0, P)[None, :]
+    lefts, rights = load_factors(x, B_AT, R, P)
+    left_grads, right_grads = _zeros(R, M, P), _zeros(R, M, P)
+    w_left, w_right = load_halves(weight + p, P)
+    dw_left, dw_right = tl.zeros((M, P), tl.float32), tl.zeros((M, P), tl.float32)
+    for h in range(HEADS):
+        slot = h // PER * SLOTS + FIRST + h % PER
+        at = grad + h * grad_h + p
+        g_left = tl.load(at, mask=valid, other=0.0).to(tl.float32)
+        g_right = tl.load(at + P, mask=valid, other=0.0).to(tl.float32)
+        left, right = before_norm(x, bias, lefts, rights, A_AT + h * R, slot, R, P)
+        square = tl.sum(left * left + right * right, axis=1, keep_dims=True)
+        scale = tl.rsqrt(square * (0.5 / P) + eps)
+        left, right = left * scale, right * scale
+        if ROTATED:
+            y_left, y_right = left * w_left, right * w_right
+            cos_grad += g_left * y_left + g_right * y_right
+            sin_grad += g_right * y_left - g_left * y_right
+            turned = g_left * cos + g_right * sin
+            g_right = g_right * cos - g_left * sin
+            g_left = turned
+        dw_left += g_left * left
+        dw_right += g_right * right
+        g_left, g_right = g_left * w_left, g_right * w_right
+        along = tl.sum(g_left * left + g_right * right, axis=1, keep_dims=True) * (0.5 / P)
+        g_left, g_right = (g_left - left * along) * scale, (g_right - right * along) * scale
+        left_grads, right_grads = _projected(
+            *(g_left, g_right, x, lefts, rights, left_grads, right_grads, out, part, valid),
+            *(A_AT + h * R, slot, R, P),
+        )
+    _store_factors(left_grads, right_grads, out, valid, B_AT, R, P)
+    q = tl.arange(0, P)
+    tl.store(weight_part + q, tl.sum(dw_left, axis=0))
+    tl.store(weight_part + P + q, tl.sum(dw_right, axis=0))
+    return cos_grad, sin_grad
+
+
+@triton.jit
+def _values(
+    x,
+    bias,
+    first_value,
+    logit,
+    grad,
+    grad_h,
+    out,
+    first_grad,
+    part,
+    logit_part,
+    token,
+    valid,
+    G: tl.constexpr,
+    QUERIES: tl.constexpr,
+    A_AT: tl.constexpr,
+    B_AT: tl.constexpr,
+    R: tl.constexpr,
+    P: tl.constexpr,
+    MIXES: tl.constexpr,
+    M: tl.constexpr,
+):
+    p = tl.arange(0, P)[None, :]
+    lefts, rights = load_factors(x, B_AT, R, P)
+    left_grads, right_grads = _zeros(R, M, P), _zeros(R, M, P)
+    between = tl.zeros((M, P), tl.float32)
+    for g in range(G):
+        slot = g * (QUERIES + 2) + QUERIES + 1
+        at = grad + g * grad_h + p
+        g_left = tl.load(at, mask=valid, other=0.0).to(tl.float32)
+        g_right = tl.load(at + P, mask=valid, other=0.0).to(tl.float32)
+        if MIXES:
+            kind = out.dtype.element_ty
+            own, other = tl.sigmoid(tl.load(logit)), tl.sigmoid(-tl.load(logit))
+            left, right = before_norm(x, bias, lefts, rights, A_AT + g * R, slot, R, P)
+            of = token * (G * 2 * P) + g * 2 * P + p
+            v_left, v_right = load_halves(first_value + of, P)
+            between += g_left * (left.to(kind).to(tl.float32) - v_left)
+            between += g_right * (right.to(kind).to(tl.float32) - v_right)
+            tl.store(first_grad + of, (other * g_left).to(kind), mask=valid)
+            tl.store(first_grad + of + P, (other * g_right).to(kind), mask=valid)
+            g_left, g_right = own * g_left, own * g_right
+        left_grads, right_grads = _projected(
+            *(g_left, g_right, x, lefts, rights, left_grads, right_grads, out, part, valid),
+            *(A_AT + g * R, slot, R, P),
+        )
+    _store_factors(left_grads, right_grads, out, valid, B_AT, R, P)
+    if MIXES:
+        slope = tl.sigmoid(tl.load(logit)) * tl.sigmoid(-tl.load(logit))
+        tl.store(logit_part, slope * tl.sum(tl.sum(between, axis=1), axis=0))
+
+
+@triton.jit
+def _projected(
+    g_left,
+    g_right,
+    x,
+    lefts,
+    rights,
+    left_grads,
+    right_grads,
+    out,
+    part,
+    valid,
+    a_at,
+    slot,
+    R: tl.constexpr,
+    P: tl.constexpr,
+):
+    # From the gradient of a head as projected: that of the projection's columns, or of its bias and factors.
+    # Returns the gradients of b [R, M, C] with this head added.
+    p = tl.arange(0, P)
+    lefts_out, rights_out = (), ()
+    if R == 0:
+        at = out + slot * 2 * P + p[None, :]
+        tl.store(at, g_left.to(at.dtype.element_ty), mask=valid)
+        tl.store(at + P, g_right.to(at.dtype.element_ty), mask=valid)
+    else:
+        tl.store(part + slot * 2 * P + p, tl.sum(g_left, axis=0))
+        tl.store(part + slot * 2 * P + P + p, tl.sum(g_right, axis=0))
+        for r in tl.static_range(R):
+            a = tl.load(x + a_at + r).to(tl.float32) * (1.0 / R)
+            a_grad = tl.sum(g_left * lefts[r] + g_right * rights[r], axis=1, keep_dims=True)
+            at = out + a_at + r
+            tl.store(at, (a_grad * (1.0 / R)).to(at.dtype.element_ty), mask=valid)
+            lefts_out = lefts_out + (left_grads[r] + a * g_left,)  # noqa: RUF005
+            rights_out = rights_out + (right_grads[r] + a * g_right,)  # noqa: RUF005
+    return lefts_out, rights_out
+
+
+@triton.jit
+def _zeros(R: tl.constexpr, M: tl.constexpr, P: tl.constexpr):
+    zeros = ()
+    for _ in tl.static_range(R):
+        zeros = zeros + (tl.zeros((M, P), tl.float32),)  # noqa: RUF005
+    return zeros
+
+
+@triton.jit
+def _store_factors(lefts, rights, out, valid, B_AT: tl.constexpr, R: tl.constexpr, P: tl.constexpr):
+    p = tl.arange(0, P)[None, :]
+    for r in tl.static_range(R):
+        at = out + (B_AT + r * 2 * P) + p
+        tl.store(at, lefts[r].to(at.dtype.element_ty), mask=valid)
+        tl.store(at + P, rights[r].to(at.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _fold_kernel(
+    parts,
+    bias_grad,
+    q_grad,
+    k_grad,
+    logit_grad,
+    programs,
+    Y: tl.constexpr,
+    C: tl.constexpr,
+    Z: tl.constexpr,
+    MIXES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    z = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    row = tl.arange(0, BLOCK)[:, None]
+    total = tl.zeros((BLOCK, COLS), tl.float32)
+    for start in range(0, programs, BLOCK):
+        mask = (row + start < programs) & (z < Y + 2 * C + 1)[None, :]
+        total += tl.load(parts + (row + start).to(tl.int64) * Z + z[None, :], mask=mask, other=0.0)
+    sums = tl.sum(total, axis=0)
+    if Y > 0:
+        tl.store(bias_grad + z, sums, mask=z < Y)
+    tl.store(q_grad + z - Y, sums, mask=(z >= Y) & (z < Y + C))
+    tl.store(k_grad + z - Y - C, sums, mask=(z >= Y + C) & (z < Y + 2 * C))
+    if MIXES:
+        tl.store(logit_grad + z - Y - 2 * C, sums, mask=z == Y + 2 * C)
