@@ -69,7 +69,7 @@ def draw_bar(bars: dict[str, dict[str, float]], path: Path, title: str) -> None:
         axis.set_yticks([])
         axis.set_title(f"{name}: {total:.0f} ms", fontsize=9, loc="left")
         axis.legend(
-            fontsize=6, ncol=5, loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False
+            fontsize=6, ncol=5, loc="upper center", bbox_to_anchor=(0.5, -0.35), frameon=False
         )
         axis.margins(x=0)
     figure.suptitle(title, fontsize=10)

@@ -201,33 +201,10 @@ def gradients(
 
 @triton.jit
 def _forward_kernel(
-    q,
-    k,
-    v,
-    sink,
-    low,
-    out,
-    lse,
-    q_s,
-    q_b,
-    q_h,
-    k_s,
-    k_b,
-    k_g,
-    v_s,
-    v_b,
-    v_g,
-    S,
-    B,
-    scale,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    ALIBI: tl.constexpr,
-    SPLIT: tl.constexpr,
-):
+    q, k, v, sink, low, out, lse, q_s, q_b, q_h, k_s, k_b, k_g, v_s, v_b, v_g, S, B, scale,
+    H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, ALIBI: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
     # Heads first: those of one group read the same keys and values at about the same time.
     program, blocks = tl.program_id(0), tl.cdiv(S, BLOCK_M)
     h, start = program % H, program // H % blocks * BLOCK_M

@@ -116,37 +116,10 @@ def alibi_slope(h, H: tl.constexpr, ALIBI: tl.constexpr):
 
 @triton.jit
 def _query_kernel(
-    grad,
-    q,
-    k,
-    v,
-    sink,
-    low,
-    out,
-    lse,
-    q_grad,
-    delta,
-    sink_grad,
-    q_s,
-    q_b,
-    q_h,
-    k_s,
-    k_b,
-    k_g,
-    v_s,
-    v_b,
-    v_g,
-    S,
-    B,
-    scale,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    ALIBI: tl.constexpr,
-    SPLIT: tl.constexpr,
-):
+    grad, q, k, v, sink, low, out, lse, q_grad, delta, sink_grad, q_s, q_b, q_h, k_s, k_b, k_g,
+    v_s, v_b, v_g, S, B, scale, H: tl.constexpr, G: tl.constexpr, C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIBI: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
     program, blocks = tl.program_id(0), tl.cdiv(S, BLOCK_M)
     h, start = program % H, program // H % blocks * BLOCK_M
     b, head = (program // (H * blocks)).to(tl.int64), h.to(tl.int64)
@@ -237,36 +210,10 @@ def _sweep_keys(
 
 @triton.jit
 def _key_kernel(
-    grad,
-    q,
-    k,
-    v,
-    high,
-    lse,
-    delta,
-    k_grad,
-    v_grad,
-    q_s,
-    q_b,
-    q_h,
-    k_s,
-    k_b,
-    k_g,
-    v_s,
-    v_b,
-    v_g,
-    S,
-    B,
-    scale,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    ALIBI: tl.constexpr,
-    SPLIT: tl.constexpr,
-    TURNED: tl.constexpr,
-):
+    grad, q, k, v, high, lse, delta, k_grad, v_grad, q_s, q_b, q_h, k_s, k_b, k_g, v_s, v_b, v_g,
+    S, B, scale, H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, ALIBI: tl.constexpr, SPLIT: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
     program, blocks = tl.program_id(0), tl.cdiv(S, BLOCK_N)
     group, start = (program % G).to(tl.int64), program // G % blocks * BLOCK_N
     b = (program // (G * blocks)).to(tl.int64)
@@ -306,35 +253,11 @@ def _key_kernel(
 
 @triton.jit
 def _sweep_queries(
-    k_acc,
-    v_acc,
-    k_tile,
-    v_tile,
-    q_row,
-    grad_row,
-    lse_row,
-    delta_row,
-    q_s,
-    q_h,
-    B,
-    j,
-    high_j,
-    start,
-    group,
-    begin,
-    count,
-    before,
-    jump,
-    S,
-    scale,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    C: tl.constexpr,
-    ALIBI: tl.constexpr,
-    MASKED: tl.constexpr,
-    TURNED: tl.constexpr,
+    k_acc, v_acc, k_tile, v_tile, q_row, grad_row, lse_row, delta_row, q_s, q_h, B, j, high_j,
+    start, group, begin, count, before, jump, S, scale, H: tl.constexpr, G: tl.constexpr,
+    C: tl.constexpr, ALIBI: tl.constexpr, MASKED: tl.constexpr, TURNED: tl.constexpr,
     BLOCK_M: tl.constexpr,
-):
+):  # fmt: skip
     """dk / scale and dv after `count` blocks of queries from `begin` on of each head of the group, keys by queries.
 
     After `before` blocks `jump` positions are left out.

@@ -154,35 +154,12 @@ def forward(
 
 @triton.jit
 def _forward_kernel(
-    mixed,
-    bias,
-    q_norm,
-    k_norm,
-    rotation,
-    first_value,
-    logit,
-    query,
-    key,
-    value,
-    T,
-    rows,
-    eps,
-    X: tl.constexpr,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    P: tl.constexpr,
-    RQ: tl.constexpr,
-    R: tl.constexpr,
-    AQ: tl.constexpr,
-    AK: tl.constexpr,
-    AV: tl.constexpr,
-    BQ: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    ROTATED: tl.constexpr,
-    MIXES: tl.constexpr,
+    mixed, bias, q_norm, k_norm, rotation, first_value, logit, query, key, value, T, rows, eps,
+    X: tl.constexpr, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, RQ: tl.constexpr,
+    R: tl.constexpr, AQ: tl.constexpr, AK: tl.constexpr, AV: tl.constexpr, BQ: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, ROTATED: tl.constexpr, MIXES: tl.constexpr,
     M: tl.constexpr,
-):
+):  # fmt: skip
     t = tl.program_id(0) * M + tl.arange(0, M)[:, None]
     valid, p = t < T, tl.arange(0, P)[None, :]
     # The last token again where there is none: loads need no mask.

@@ -79,48 +79,14 @@ def gradients(
 
 @triton.jit
 def _backward_kernel(
-    mixed,
-    bias,
-    q_norm,
-    k_norm,
-    rotation,
-    first_value,
-    logit,
-    query_grad,
-    key_grad,
-    value_grad,
-    query_t,
-    query_h,
-    key_t,
-    key_h,
-    value_t,
-    value_h,
-    mixed_grad,
-    rotation_grad,
-    first_grad,
-    parts,
-    S,
-    eps,
-    ROWS: tl.constexpr,
-    HELD: tl.constexpr,
-    X: tl.constexpr,
-    Y: tl.constexpr,
-    Z: tl.constexpr,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    P: tl.constexpr,
-    RQ: tl.constexpr,
-    R: tl.constexpr,
-    AQ: tl.constexpr,
-    AK: tl.constexpr,
-    AV: tl.constexpr,
-    BQ: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    ROTATED: tl.constexpr,
-    MIXES: tl.constexpr,
+    mixed, bias, q_norm, k_norm, rotation, first_value, logit, query_grad, key_grad, value_grad,
+    query_t, query_h, key_t, key_h, value_t, value_h, mixed_grad, rotation_grad, first_grad,
+    parts, S, eps, ROWS: tl.constexpr, HELD: tl.constexpr, X: tl.constexpr, Y: tl.constexpr,
+    Z: tl.constexpr, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, RQ: tl.constexpr,
+    R: tl.constexpr, AQ: tl.constexpr, AK: tl.constexpr, AV: tl.constexpr, BQ: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, ROTATED: tl.constexpr, MIXES: tl.constexpr,
     M: tl.constexpr,
-):
+):  # fmt: skip
     # A program holds M / HELD positions; HELD: ROWS up to a power of two. Gradients of what is no token are zeros, so
     # it adds nothing anywhere; its inputs are those of token 0.
     m, p = tl.arange(0, M)[:, None], tl.arange(0, P)[None, :]
@@ -159,31 +125,11 @@ def _backward_kernel(
 
 @triton.jit
 def _normed(
-    x,
-    bias,
-    weight,
-    grad,
-    grad_h,
-    out,
-    part,
-    weight_part,
-    valid,
-    cos,
-    sin,
-    cos_grad,
-    sin_grad,
-    eps,
-    HEADS: tl.constexpr,
-    PER: tl.constexpr,
-    FIRST: tl.constexpr,
-    SLOTS: tl.constexpr,
-    A_AT: tl.constexpr,
-    B_AT: tl.constexpr,
-    R: tl.constexpr,
-    P: tl.constexpr,
-    ROTATED: tl.constexpr,
-    M: tl.constexpr,
-):
+    x, bias, weight, grad, grad_h, out, part, weight_part, valid, cos, sin, cos_grad, sin_grad,
+    eps, HEADS: tl.constexpr, PER: tl.constexpr, FIRST: tl.constexpr, SLOTS: tl.constexpr,
+    A_AT: tl.constexpr, B_AT: tl.constexpr, R: tl.constexpr, P: tl.constexpr,
+    ROTATED: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
     # Queries or keys, as qkv._normed. Returns the gradients of cos and sin [M, P] with these heads added.
     p = tl.arange(0, P)[None, :]
     lefts, rights = load_factors(x, B_AT, R, P)
