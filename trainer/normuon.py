@@ -107,24 +107,30 @@ def update_pieces(
     place. grad_scale: [] on the device, times which gradients are taken.
     """
     m, n = pieces[0].weight.shape[1:]
-    bounds = _bounds(pieces)
-    U_Bmn = pieces[0].grad.new_empty(bounds[-1][1], m, n)
-    for piece, (start, end) in zip(pieces, bounds, strict=True):
-        grad = piece.grad if grad_scale is None else piece.grad * grad_scale
-        piece.momentum.lerp_(grad, 1 - momentum)
-        torch.lerp(grad, piece.momentum, momentum, out=U_Bmn[start:end])
-        del grad
+    sizes = [len(piece.weight) for piece in pieces]
+    # Lists, so that each line is a few launches for all matrices: one by one, the 699 dense ones of the full student
+    # took the host 195 ms a step (H200).
+    momenta = [piece.momentum for piece in pieces]
+    U_Bmn = pieces[0].grad.new_empty(sum(sizes), m, n)
+    parts = list(U_Bmn.split(sizes))
+    torch._foreach_copy_(parts, [piece.grad for piece in pieces])
+    if grad_scale is not None:
+        torch._foreach_mul_(parts, grad_scale)
+    torch._foreach_lerp_(momenta, parts, 1 - momentum)
+    torch._foreach_lerp_(parts, momenta, momentum)
     X_Bmn = polar_express(U_Bmn, dtype)
-    del U_Bmn
-    square_Bm = torch.linalg.vector_norm(X_Bmn, dim=-1, dtype=pieces[0].rows.dtype).square_()
-    scale = lr * math.sqrt(max(1.0, m / n))
-    for piece, (start, end) in zip(pieces, bounds, strict=True):
-        square_bm = square_Bm[start:end]
-        factor_bm = row_factors(piece.rows, square_bm, n, beta2, eps).mul_(scale)
-        piece.weight.mul_(1 - lr * weight_decay)
-        piece.weight.addcmul_(X_Bmn[start:end], factor_bm.unsqueeze(-1), value=-1)
-        if piece.copy is not None:
-            piece.copy.copy_(piece.weight)
+    rows = [piece.rows for piece in pieces]
+    rows_Bm = torch.cat(rows)
+    square_Bm = torch.linalg.vector_norm(X_Bmn, dim=-1, dtype=rows_Bm.dtype).square_()
+    factor_Bm = row_factors(rows_Bm, square_Bm, n, beta2, eps).mul_(lr * math.sqrt(max(1.0, m / n)))
+    torch._foreach_copy_(rows, list(rows_Bm.split(sizes)))
+    torch.mul(X_Bmn, factor_Bm.unsqueeze(-1), out=U_Bmn)
+    weights = [piece.weight for piece in pieces]
+    torch._foreach_mul_(weights, 1 - lr * weight_decay)
+    torch._foreach_sub_(weights, parts)
+    copied = [(piece.copy, piece.weight) for piece in pieces if piece.copy is not None]
+    if copied:
+        torch._foreach_copy_(*map(list, zip(*copied, strict=True)))
 
 
 def row_factors(
@@ -264,12 +270,3 @@ def _slice(piece: Piece, start: int, end: int) -> Piece:
         piece.rows[start:end],
         None if piece.copy is None else piece.copy[start:end],
     )
-
-
-def _bounds(pieces: list[Piece]) -> list[tuple[int, int]]:
-    """Where each piece lies in the batch."""
-    bounds, end = [], 0
-    for piece in pieces:
-        start, end = end, end + len(piece.weight)
-        bounds.append((start, end))
-    return bounds

@@ -35,15 +35,17 @@ class Launches(NamedTuple):
     keys: Launch
 
 
+# Four warps on 64 queries: more programs of a multiprocessor at once were worth more than larger tiles, on an H200
+# (benchmarks/attention.py).
 WINDOW = Launches(
-    forward=Launch(queries=64, keys=64, warps=4, stages=2),
-    queries=Launch(queries=64, keys=64, warps=4, stages=2),
+    forward=Launch(queries=64, keys=32, warps=4, stages=2),
+    queries=Launch(queries=64, keys=32, warps=4, stages=2),
     keys=Launch(queries=64, keys=64, warps=4, stages=2),
 )
 FULL = Launches(
-    forward=Launch(queries=128, keys=64, warps=8, stages=3, split=True),
-    queries=Launch(queries=128, keys=64, warps=8, stages=2, split=True),
-    keys=Launch(queries=64, keys=128, warps=8, stages=2),
+    forward=Launch(queries=64, keys=32, warps=4, stages=3, split=True),
+    queries=Launch(queries=64, keys=64, warps=4, stages=2),
+    keys=Launch(queries=32, keys=64, warps=4, stages=3),
 )
 
 

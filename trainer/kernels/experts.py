@@ -14,6 +14,7 @@ Shapes: T tokens, K slots of each, N = T K slots sorted by expert, E experts, D 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -57,15 +58,17 @@ def fused_experts(
     bias1_EF: torch.Tensor,
     fc2_EDF: torch.Tensor,
     bias2_ED: torch.Tensor,
+    sums: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """[T, D] bf16: see the top of this file; with gradients of x, gates, base and the four weights.
 
     x, base and weights bf16, gates fp32. T may be 0: the weights' gradients are then zeros. D a multiple of 16, F a
-    power of two in 16 .. 256. ConfigError: another shape or dtype.
+    power of two in 16 .. 256. sums: contiguous fp32 tensors of the weights' shapes to which the backward pass adds
+    their gradients, unrounded; the weights themselves then get none. ConfigError: another shape or dtype.
     """
     _check(x_TD, gates_TK, fc1_EFD, bias1_EF, fc2_EDF, bias2_ED)
     weights = (fc1_EFD, bias1_EF, fc2_EDF, bias2_ED)
-    return _FusedExperts.apply(x_TD, gates_TK, base_TD, *weights, *slots)
+    return _FusedExperts.apply(x_TD, gates_TK, base_TD, *weights, sums, *slots)
 
 
 def _check(x_TD: torch.Tensor, gates_TK: torch.Tensor, *weights: torch.Tensor) -> None:
@@ -100,11 +103,12 @@ class _FusedExperts(torch.autograd.Function):
         bias1_EF: torch.Tensor,
         fc2_EDF: torch.Tensor,
         bias2_ED: torch.Tensor,
+        sums: Sequence[torch.Tensor] | None,
         *slots: torch.Tensor,
     ) -> torch.Tensor:
         x_TD, gates_TK, of = x_TD.contiguous(), gates_TK.contiguous(), Slots(*slots)
         weights = [w.contiguous() for w in (fc1_EFD, bias1_EF, fc2_EDF, bias2_ED)]
-        ctx.base, ctx.tiles = base_TD is not None, {}
+        ctx.base, ctx.tiles, ctx.sums = base_TD is not None, {}, sums
         if x_TD.shape[0] == 0:
             z_NF, out_TD = None, torch.zeros_like(x_TD)
         else:
@@ -118,14 +122,19 @@ class _FusedExperts(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_TD, gates_TK, z_NF, *rest = ctx.saved_tensors
         weights, slots = rest[:4], Slots(*rest[4:])
+        sums = [torch.zeros_like(w) for w in weights] if ctx.sums is None else ctx.sums
         if z_NF is None:
-            x_grad, gates_grad, *weight_grads = map(torch.zeros_like, (x_TD, gates_TK, *weights))
+            x_grad, gates_grad = torch.zeros_like(x_TD), torch.zeros_like(gates_TK)
         else:
-            x_grad, gates_grad, *weight_grads = backward_kernels.gradients(
-                grad_TD.contiguous(), x_TD, gates_TK, z_NF, slots, *weights, known=ctx.tiles
+            x_grad, gates_grad = backward_kernels.gradients(
+                *(grad_TD.contiguous(), x_TD, gates_TK, z_NF, slots, weights[0], *weights[2:]),
+                *(sums,),
+                add=ctx.sums is not None,
+                known=ctx.tiles,
             )
         base_grad = grad_TD if ctx.base else None
-        return (x_grad, gates_grad, base_grad, *weight_grads, None, None, None, None)
+        weight_grads = sums if ctx.sums is None else [None] * 4
+        return (x_grad, gates_grad, base_grad, *weight_grads, None, None, None, None, None)
 
 
 def up(

@@ -2,10 +2,16 @@
 
 `inner` reads the rows of g by index: inner = g W2, d_gate = inner . relu(z)^2 + g . b2, dz = inner * gate * 2 relu(z),
 and writes h = gate * relu(z)^2 once more, so that both weight gradients are plain products of rows:
-`outer` gives dW1 = dz' x and dW2 = g' h with the sums that are the biases' gradients, one program for each expert and
-block of D: an expert without rows writes zeros. `rows` is dx_ND = dz W1, and `sum_slots` its sum over slots.
-Bytes at T = 32768, K = 4, D = 1024, F = 128: `inner` 404 MB, `rows` 369 MB, `outer` 369 MB each, of which gathered
-rows are 268 MB (67 MB different ones).
+`outer` gives dW1 = dz' x and dW2 = g' h, one program for each expert and block of D, and adds them to what is there:
+the fp32 sums of a step's micro-batches, which a pass of their own would read and write again. `rows` is dx_ND = dz W1,
+and `sum_slots` its sum over slots.
+Bytes at T = 32768, K = 4, D = 1024, F = 128: `inner` 404 MB, `rows` 369 MB, `outer` 570 MB each (in fp32), of which
+gathered rows are 268 MB (67 MB different ones).
+
+A tile that enters a product is used for nothing else. Triton 3.6 gives a tile that is also read into registers one
+buffer fewer, but not the asynchronous product that reads it: the next copy overwrites it meanwhile. So sums for the
+biases are products too, with a narrow `side` [N, 16] of ones and gates, and g . b2 is one of all tokens and experts.
+tests/trainer/test_kernel_buffers.py looks for such tiles in what is compiled.
 
 Shapes: T tokens, K slots of each, N = T K slots sorted by expert, E experts, D hidden size, F expert width, L tiles.
 """
@@ -13,6 +19,7 @@ Shapes: T tokens, K slots of each, N = T K slots sorted by expert, E experts, D 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,15 +27,17 @@ import triton
 import triton.language as tl
 
 from trainer.kernels.dispatch import Slots, TileMaps, known_tiles, sum_slots, tile_rows
+from trainer.kernels.routing import wide_product
 
 
 class InnerConfig(NamedTuple):
-    """Rows of a tile, columns of D a step, warps, stages of the pipeline."""
+    """Rows of a tile, columns of D a step, warps, stages of the pipeline, the most registers of a thread."""
 
     rows: int
     step: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 class RowsConfig(NamedTuple):
@@ -42,19 +51,19 @@ class RowsConfig(NamedTuple):
 
 
 class OuterConfig(NamedTuple):
-    """Columns of D a program, rows a step, warps, stages."""
+    """Columns of D a program, rows a step, warps, stages, and the most registers of a thread (None: no limit)."""
 
     cols: int
     step: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
-INNER = InnerConfig(rows=64, step=64, warps=8, stages=3)
+INNER = InnerConfig(rows=64, step=64, warps=4, stages=3)
 ROWS = RowsConfig(rows=128, cols=64, split=1, warps=8, stages=3)
-# (64, 64, 4, 3) is a quarter faster, and on an H200 with Triton 3.6 it gave other bits from run to run: a race that the
-# compiler makes. A new choice here has to pass tests/gpu/test_moe_kernels.py.
-OUTER = OuterConfig(cols=128, step=32, warps=8, stages=5)
+OUTER = OuterConfig(cols=128, step=64, warps=8, stages=3, registers=128)
+SIDE = 16  # columns: the narrowest product. A slot has its gate in two bf16 parts, and 1.
 
 
 def gradients(
@@ -64,19 +73,24 @@ def gradients(
     z_NF: torch.Tensor,
     slots: Slots,
     fc1_EFD: torch.Tensor,
-    bias1_EF: torch.Tensor,
     fc2_EDF: torch.Tensor,
     bias2_ED: torch.Tensor,
+    sums: Sequence[torch.Tensor],
+    *,
+    add: bool,
     known: TileMaps | None = None,
-) -> tuple[torch.Tensor, ...]:
-    """Of x, gates (fp32), fc1, bias1, fc2, bias2, each of its own dtype; all arguments contiguous, T > 0."""
-    gates_grad, dz_NF, h_NF, gate_N = inner(
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of x and gates (fp32); all arguments contiguous, T > 0.
+
+    sums: what takes the gradients of fc1, bias1, fc2, bias2, of their shapes and any dtype; add: to what is in there.
+    """
+    gates_grad, dz_NF, h_NF, side_NC = inner(
         g_TD, gates_TK, z_NF, slots, fc2_EDF, bias2_ED, known=known
     )
     x_grad = sum_slots(rows(dz_NF, slots, fc1_EFD, known=known), slots.place_TK, None)
-    fc1_grad, bias1_grad = outer(dz_NF, x_TD, slots, fc1_EFD, bias1_EF, None)
-    fc2_grad, bias2_grad = outer(h_NF, g_TD, slots, fc2_EDF, bias2_ED, gate_N)
-    return x_grad, gates_grad, fc1_grad, bias1_grad, fc2_grad, bias2_grad
+    outer(dz_NF, x_TD, side_NC, slots, *sums[:2], gated=False, add=add)
+    outer(h_NF, g_TD, side_NC, slots, *sums[2:], gated=True, add=add)
+    return x_grad, gates_grad
 
 
 def inner(
@@ -89,19 +103,22 @@ def inner(
     config: InnerConfig = INNER,
     known: TileMaps | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """d_gates_TK fp32; dz_NF and h_NF = gate * relu(z)^2, bf16; gate_N fp32, the gates in the order of slots."""
-    (_, D, F), N, K = fc2_EDF.shape, z_NF.shape[0], gates_TK.shape[1]
+    """d_gates_TK fp32; bf16: dz_NF, h_NF = gate * relu(z)^2, side_NC: the gate (high and low part), 1, and zeros."""
+    (E, D, F), N, K = fc2_EDF.shape, z_NF.shape[0], gates_TK.shape[1]
     gates_grad, dz_NF, h_NF = (torch.empty_like(t) for t in (gates_TK, z_NF, z_NF))
-    gate_N = gates_TK.new_empty(N)
+    side_NC = z_NF.new_empty(N, SIDE)
+    # Of all experts: 17 GFLOP and 34 MB at the full sizes, and no second use of the rows of g.
+    by_bias_TE = wide_product(g_TD, bias2_ED.t())
     expert_L, start_L = known_tiles(slots, config.rows, known)
     _inner_kernel[(expert_L.numel(),)](
-        *(g_TD, gates_TK, z_NF, fc2_EDF, bias2_ED, slots.order_N, slots.ends_E),
-        *(expert_L, start_L, gates_grad, dz_NF, h_NF, gate_N),
-        *(K, D, F, config.rows, math.gcd(config.step, D)),
+        *(g_TD, gates_TK, z_NF, fc2_EDF, by_bias_TE, slots.order_N, slots.ends_E),
+        *(expert_L, start_L, gates_grad, dz_NF, h_NF, side_NC),
+        *(K, E, D, F, SIDE, config.rows, math.gcd(config.step, D)),
         num_warps=config.warps,
         num_stages=config.stages,
+        maxnreg=config.registers,
     )
-    return gates_grad, dz_NF, h_NF, gate_N
+    return gates_grad, dz_NF, h_NF, side_NC
 
 
 @triton.jit
@@ -110,7 +127,7 @@ def _inner_kernel(
     gates,
     z,
     weight,
-    bias,
+    by_bias,
     order,
     ends,
     tile_expert,
@@ -118,10 +135,12 @@ def _inner_kernel(
     gates_grad,
     dz,
     h,
-    sorted_gates,
+    side,
     K: tl.constexpr,
+    E: tl.constexpr,
     D: tl.constexpr,
     F: tl.constexpr,
+    SIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -131,30 +150,28 @@ def _inner_kernel(
         return
     n, held = tile_rows(tile_start, ends, tile, expert, BLOCK_M)
     slot = tl.load(order + held)
+    token = (slot // K).to(tl.int64)
     f, d = tl.arange(0, F), tl.arange(0, BLOCK_D)
-    g_rows = g + (slot // K).to(tl.int64)[:, None] * D + d[None, :]
+    g_rows = g + token[:, None] * D + d[None, :]
     w_rows = weight + expert * D * F + d[:, None] * F + f[None, :]
-    biases = bias + expert * D + d
     total = tl.zeros((BLOCK_M, F), tl.float32)
-    by_bias = tl.zeros((BLOCK_M,), tl.float32)
-    b = tl.load(biases)
     for first in range(0, D, BLOCK_D):
-        g_tile = tl.load(g_rows + first)
-        total = tl.dot(g_tile, tl.load(w_rows + first * F), total)
-        by_bias += tl.sum(g_tile.to(tl.float32) * b.to(tl.float32)[None, :], axis=1)
-        # Loaded a step before it is used: the pipeline holds only what enters a product. The last is not used.
-        b = tl.load(biases + (first + BLOCK_D) % D)
-    gate = tl.load(gates + slot)
-    cells = n.to(tl.int64)[:, None] * F + f[None, :]
-    inside = (n == held)[:, None]
+        total = tl.dot(tl.load(g_rows + first), tl.load(w_rows + first * F), total)
+    gate, by_bias_m = tl.load(gates + slot), tl.load(by_bias + token * E + expert)
+    wide, mine = n.to(tl.int64)[:, None], n == held
+    cells, inside = wide * F + f[None, :], mine[:, None]
     positive = tl.maximum(tl.load(z + cells, mask=inside, other=0.0).to(tl.float32), 0.0)
     squared = positive * positive
     # Each slot stands once in the order, so each gate's gradient is written once.
-    tl.store(sorted_gates + n, gate, mask=n == held)
-    tl.store(gates_grad + slot, tl.sum(total * squared, axis=1) + by_bias, mask=n == held)
+    tl.store(gates_grad + slot, tl.sum(total * squared, axis=1) + by_bias_m, mask=mine)
     z_grad = total * (2.0 * gate[:, None] * positive)
     tl.store(dz + cells, z_grad.to(dz.dtype.element_ty), mask=inside)
     tl.store(h + cells, (squared * gate[:, None]).to(h.dtype.element_ty), mask=inside)
+    c = tl.arange(0, SIDE)[None, :]
+    high = gate.to(side.dtype.element_ty).to(tl.float32)
+    parts = tl.where(c == 0, high[:, None], tl.where(c == 1, (gate - high)[:, None], 0.0))
+    parts = tl.where(c == 2, 1.0, parts)
+    tl.store(side + wide * SIDE + c, parts.to(side.dtype.element_ty), mask=inside)
 
 
 def rows(
@@ -211,44 +228,47 @@ def _rows_kernel(
 def outer(
     narrow_NF: torch.Tensor,
     wide_TD: torch.Tensor,
+    side_NC: torch.Tensor,
     slots: Slots,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    gate_N: torch.Tensor | None,
+    weight_sum: torch.Tensor,
+    bias_sum: torch.Tensor,
+    *,
+    gated: bool,
+    add: bool,
     config: OuterConfig = OUTER,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of a weight and its bias, shapes and dtypes theirs: sums over the rows n of each expert.
+) -> None:
+    """Gradients of a weight and its bias, sums over the rows n of each expert, written or, with `add`, added there.
 
-    Without gates narrow[n]' wide[token of n], [E, F, D], and the sum of narrow, [E, F]; with them the transpose,
-    [E, D, F], and the sum of gate * wide, [E, D].
+    narrow[n]' wide[token of n], [E, F, D], and the sum of narrow, [E, F]; gated: the transpose, [E, D, F], and the sum
+    of gate * wide, [E, D]. An expert without rows gets zeros.
     """
-    (F, D), K, E = (narrow_NF.shape[1], wide_TD.shape[1]), slots.place_TK.shape[1], weight.shape[0]
-    weight_grad, bias_grad = torch.empty_like(weight), torch.empty_like(bias)
+    (F, D), K, E = (narrow_NF.shape[1], wide_TD.shape[1]), slots.place_TK.shape[1], len(weight_sum)
     cols = math.gcd(config.cols, D)
     _outer_kernel[(E * (D // cols),)](
-        *(narrow_NF, wide_TD, narrow_NF if gate_N is None else gate_N, slots.order_N),
-        *(slots.rows_E, slots.ends_E, weight_grad, bias_grad),
-        *(gate_N is not None, K, D, F, config.step, cols),
+        *(narrow_NF, wide_TD, side_NC, slots.order_N, slots.rows_E, slots.ends_E),
+        *(weight_sum, bias_sum, gated, add, K, D, F, SIDE, config.step, cols),
         num_warps=config.warps,
         num_stages=config.stages,
+        maxnreg=config.registers,
     )
-    return weight_grad, bias_grad
 
 
 @triton.jit
 def _outer_kernel(
     narrow,
     wide,
-    gates,
+    side,
     order,
     rows_of,
     ends,
-    weight_grad,
-    bias_grad,
+    weight_sum,
+    bias_sum,
     GATED: tl.constexpr,
+    ADD: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
     F: tl.constexpr,
+    SIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -256,40 +276,39 @@ def _outer_kernel(
     block = tl.program_id(0) % (D // BLOCK_D)
     end = tl.load(ends + expert)
     begin = end - tl.load(rows_of + expert)
-    f, d = tl.arange(0, F), block * BLOCK_D + tl.arange(0, BLOCK_D)
+    f, d, c = tl.arange(0, F), block * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, SIDE)
     if GATED:
-        total = tl.zeros((BLOCK_D, F), tl.float32)
-        sums = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        total, sums = tl.zeros((BLOCK_D, F), tl.float32), tl.zeros((BLOCK_D, SIDE), tl.float32)
     else:
-        total = tl.zeros((F, BLOCK_D), tl.float32)
-        sums = tl.zeros((BLOCK_N, F), tl.float32)
+        total, sums = tl.zeros((F, BLOCK_D), tl.float32), tl.zeros((F, SIDE), tl.float32)
     n = begin + tl.arange(0, BLOCK_N)
     token = tl.load(order + n, mask=n < end, other=0) // K
-    if GATED:
-        gate = tl.load(gates + n, mask=n < end, other=0.0)
     for _ in range(begin, end, BLOCK_N):
-        inside = (n < end)[:, None]
-        a = tl.load(narrow + n.to(tl.int64)[:, None] * F + f[None, :], mask=inside, other=0.0)
+        inside, row = (n < end)[:, None], n.to(tl.int64)[:, None]
+        a = tl.load(narrow + row * F + f[None, :], mask=inside, other=0.0)
         b = tl.load(wide + token.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0)
-        # Sums of the biases stay apart row by row until the end: no reduction across warps inside the loop.
+        s = tl.load(side + row * SIDE + c[None, :], mask=inside, other=0.0)
         if GATED:
             total = tl.dot(tl.trans(b), a, total)
-            sums += gate[:, None] * b.to(tl.float32)
+            sums = tl.dot(tl.trans(b), s, sums)
         else:
             total = tl.dot(tl.trans(a), b, total)
-            sums += a.to(tl.float32)
-        # Loaded a step before they are used: an index inside the pipeline would cost it a stage.
+            sums = tl.dot(tl.trans(a), s, sums)
+        # Loaded a step before it is used: an index inside the pipeline would cost it a stage.
         n += BLOCK_N
         token = tl.load(order + n, mask=n < end, other=0) // K
-        if GATED:
-            gate = tl.load(gates + n, mask=n < end, other=0.0)
-    bias_sum = tl.sum(sums, axis=0).to(bias_grad.dtype.element_ty)
-    base = weight_grad + expert.to(tl.int64) * D * F
+    base = weight_sum + expert.to(tl.int64) * D * F
     if GATED:
-        places = base + d[:, None] * F + f[None, :]
-        tl.store(bias_grad + expert * D + d, bias_sum)
+        places, bias_places = base + d[:, None] * F + f[None, :], bias_sum + expert * D + d
+        of_bias = tl.sum(tl.where(c[None, :] < 2, sums, 0.0), axis=1)
     else:
-        places = base + f[:, None] * D + d[None, :]
-        if block == 0:
-            tl.store(bias_grad + expert * F + f, bias_sum)
-    tl.store(places, total.to(weight_grad.dtype.element_ty))
+        places, bias_places = base + f[:, None] * D + d[None, :], bias_sum + expert * F + f
+        of_bias = tl.sum(tl.where(c[None, :] == 2, sums, 0.0), axis=1)
+    if ADD:
+        total += tl.load(places).to(tl.float32)
+    tl.store(places, total.to(weight_sum.dtype.element_ty))
+    # All blocks of an expert have the sum of the narrow rows.
+    if GATED or block == 0:
+        if ADD:
+            of_bias += tl.load(bias_places).to(tl.float32)
+        tl.store(bias_places, of_bias.to(bias_sum.dtype.element_ty))

@@ -93,20 +93,18 @@ def _check(
                 expected=f"{size} {dtype or ''}",
                 remedy="train in bf16, or compute them by another way",
             )
-    turned = rotation_2SP is not None
     if (
         tokens == 0
         or tokens % shape.rows
         or shape.heads % shape.groups
         or dim not in (16, 32, 64, 128, 256)
         or (shape.q_rank == 0) != (shape.kv_rank == 0)
-        or (turned and shape.rows > qkv_backward.MOST_ROWS)
     ):
         raise ConfigError(
             "The kernel of queries, keys and values cannot take these sizes",
             got=f"{tokens} tokens, {shape}",
             expected="tokens a multiple of rows, heads of groups, head_dim a power of two in 16 .. 256, both ranks or "
-            f"none, at most {qkv_backward.MOST_ROWS} rotated rows",
+            "none",
             remedy="compute them by another way",
         )
 

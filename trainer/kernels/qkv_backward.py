@@ -1,8 +1,10 @@
 """Gradients of queries, keys and values (qkv.py): one kernel over tokens, and one that adds up what programs leave.
 
-A program takes some positions with all of their rows, so that it alone adds up the gradient of a position's rotation.
-What belongs to all tokens (bias, norms, logit) it leaves as fp32 sums of its own tokens, one row of `parts_LZ` a
-program; `_fold_kernel` adds these in a fixed order.
+A program is one warp with a few tokens, of one position or of several. What belongs to other tokens too it leaves as
+fp32 sums of its own: the gradient of a rotation, one slice for each part of a position's rows, and that of bias, norms
+and logit, one row of `parts_LZ` a program; `_fold_kernel` adds these in a fixed order, in two rounds. Larger programs
+would leave less (0.1 GB at 32,768 tokens of the full width), but the sum of a head's bias then waits for all warps,
+12 times: 8 warps on 16 tokens took 390 us where one on 2 takes 213 (H200, 32,768 tokens).
 
 Shapes: as in qkv.py; L programs, Z columns of a program's sums: [bias Y (TPA only) | q_norm C | k_norm C | logit].
 """
@@ -15,12 +17,9 @@ import triton.language as tl
 
 from trainer.kernels.qkv_heads import Program, QKVShape, before_norm, load_factors, load_halves
 
-BACKWARD = Program(tokens=16, warps=8, registers=128)
-MOST_ROWS = 64  # of a rotated layer: one program holds all of a position
-_FOLD = (
-    128,
-    16,
-)  # rows and columns of the sum of parts: at full width 114 programs of 64 KB a step
+BACKWARD = Program(tokens=2, warps=1, registers=168)
+_FOLD = (64, 64)  # rows at a time and columns of a program that adds up parts
+_CHUNK = 256  # parts a program of the first round adds up
 
 Gradients = tuple[torch.Tensor | None, ...]
 
@@ -51,9 +50,11 @@ def gradients(
     inputs = (mixed_TX, bias_Y, q_norm_C, k_norm_C, rotation_2SP, first_value_TGC, logit)
     outs = [None if t is None else torch.empty_like(t) for t in inputs]
     rows = shape.rows if rotation_2SP is not None else 1
-    held = triton.next_power_of_2(rows)
-    tokens = max(config.tokens, held)
-    programs = triton.cdiv(len(mixed_TX) // rows, tokens // held)
+    held = min(triton.next_power_of_2(rows), config.tokens)
+    splits, positions = triton.cdiv(rows, held), len(mixed_TX) // rows
+    programs = triton.cdiv(positions, config.tokens // held) * splits
+    if rotation_2SP is not None and splits > 1:
+        outs[4] = rotation_2SP.new_empty(splits, *rotation_2SP.shape)
     Y, P = shape.bias_width if shape.q_rank else 0, shape.head_dim // 2
     Z = Y + 4 * P + 32  # the logit's column fills a line of 128 bytes
     parts_LZ = mixed_TX.new_empty(programs, Z, dtype=torch.float32)
@@ -62,35 +63,46 @@ def gradients(
         *inputs,
         *grads,
         *(s for g in grads for s in g.stride()[:2]),
-        *(outs[0], outs[4], outs[5], parts_LZ, len(mixed_TX) // rows, shape.eps),
-        *(rows, held, shape.mixed_width, Y, Z, shape.heads, shape.groups, P),
-        *(shape.q_rank, shape.kv_rank, *shape.offsets(), *flags, tokens),
-        num_warps=min(16, config.warps * tokens // config.tokens),
+        *(outs[0], outs[4], outs[5], parts_LZ, positions, shape.eps),
+        *(rows, held, splits, shape.mixed_width, Y, Z, shape.heads, shape.groups, P),
+        *(shape.q_rank, shape.kv_rank, *shape.offsets(), *flags, config.tokens),
+        num_warps=config.warps,
         maxnreg=config.registers,
     )
-    block, cols = _FOLD
-    _fold_kernel[(triton.cdiv(Y + 4 * P + 1, cols),)](
-        *(parts_LZ, outs[1], outs[2], outs[3], outs[6], programs),
-        *(Y, 2 * P, Z, flags[1], block, cols),
-        num_warps=4,
-    )
+    _fold(parts_LZ, (outs[1], outs[2], outs[3], outs[6]), (Y, 2 * P, Z, flags[1]))
+    if rotation_2SP is not None and splits > 1:
+        outs[4] = outs[4].sum(dim=0)
     return tuple(outs)
+
+
+def _fold(
+    parts_LZ: torch.Tensor, outs: tuple[torch.Tensor | None, ...], sizes: tuple[int, ...]
+) -> None:
+    """The sums of parts into the gradients of bias, norms and logit."""
+    (L, Z), (rows, cols) = parts_LZ.shape, _FOLD
+    chunks = triton.cdiv(L, _CHUNK)
+    some = parts_LZ.new_empty(chunks, Z)
+    grid = (triton.cdiv(Z, cols), chunks)
+    _fold_kernel[grid](parts_LZ, some, *outs, L, *sizes, _CHUNK, rows, cols, False, num_warps=4)
+    last = (grid[0], 1)
+    _fold_kernel[last](some, some, *outs, chunks, *sizes, L, rows, cols, True, num_warps=4)
 
 
 @triton.jit
 def _backward_kernel(
     mixed, bias, q_norm, k_norm, rotation, first_value, logit, query_grad, key_grad, value_grad,
     query_t, query_h, key_t, key_h, value_t, value_h, mixed_grad, rotation_grad, first_grad,
-    parts, S, eps, ROWS: tl.constexpr, HELD: tl.constexpr, X: tl.constexpr, Y: tl.constexpr,
-    Z: tl.constexpr, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, RQ: tl.constexpr,
-    R: tl.constexpr, AQ: tl.constexpr, AK: tl.constexpr, AV: tl.constexpr, BQ: tl.constexpr,
+    parts, S, eps, ROWS: tl.constexpr, HELD: tl.constexpr, SPLITS: tl.constexpr, X: tl.constexpr,
+    Y: tl.constexpr, Z: tl.constexpr, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
+    RQ: tl.constexpr, R: tl.constexpr, AQ: tl.constexpr, AK: tl.constexpr, AV: tl.constexpr, BQ: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, ROTATED: tl.constexpr, MIXES: tl.constexpr,
     M: tl.constexpr,
 ):  # fmt: skip
-    # A program holds M / HELD positions; HELD: ROWS up to a power of two. Gradients of what is no token are zeros, so
-    # it adds nothing anywhere; its inputs are those of token 0.
+    # A program holds HELD of the ROWS of M / HELD positions, SPLITS of them all rows. Gradients of what is no token are
+    # zeros, so it adds nothing anywhere; its inputs are those of token 0.
     m, p = tl.arange(0, M)[:, None], tl.arange(0, P)[None, :]
-    s, row = tl.program_id(0) * (M // HELD) + m // HELD, m % HELD
+    place, split = tl.program_id(0) // SPLITS * (M // HELD), tl.program_id(0) % SPLITS
+    s, row = place + m // HELD, split * HELD + m % HELD
     valid = (s < S) & (row < ROWS)
     token = tl.where(valid, s.to(tl.int64) * ROWS + row, 0)
     x, out, part = mixed + token * X, mixed_grad + token * X, parts + tl.program_id(0) * Z
@@ -110,8 +122,8 @@ def _backward_kernel(
         *(G, 1, H // G, H // G + 2, AK, BK, R, P, ROTATED, M),
     )
     if ROTATED:
-        place = tl.program_id(0) * (M // HELD) + tl.arange(0, M // HELD)[:, None]
-        to = rotation_grad + place.to(tl.int64) * P + p
+        place += tl.arange(0, M // HELD)[:, None]
+        to = rotation_grad + (split * 2 * S + place).to(tl.int64) * P + p
         of_cos = tl.sum(tl.reshape(cos_grad, (M // HELD, HELD, P)), axis=1)
         of_sin = tl.sum(tl.reshape(sin_grad, (M // HELD, HELD, P)), axis=1)
         tl.store(to, of_cos, mask=place < S)
@@ -147,8 +159,11 @@ def _normed(
         left, right = left * scale, right * scale
         if ROTATED:
             y_left, y_right = left * w_left, right * w_right
-            cos_grad += g_left * y_left + g_right * y_right
-            sin_grad += g_right * y_left - g_left * y_right
+            # A product a line: each is one multiply-add.
+            cos_grad += g_left * y_left
+            cos_grad += g_right * y_right
+            sin_grad += g_right * y_left
+            sin_grad -= g_left * y_right
             turned = g_left * cos + g_right * sin
             g_right = g_right * cos - g_left * sin
             g_left = turned
@@ -278,29 +293,25 @@ def _store_factors(lefts, rights, out, valid, B_AT: tl.constexpr, R: tl.constexp
 
 @triton.jit
 def _fold_kernel(
-    parts,
-    bias_grad,
-    q_grad,
-    k_grad,
-    logit_grad,
-    programs,
-    Y: tl.constexpr,
-    C: tl.constexpr,
-    Z: tl.constexpr,
-    MIXES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    COLS: tl.constexpr,
-):
+    parts, some, bias_grad, q_grad, k_grad, logit_grad, programs, Y: tl.constexpr,
+    C: tl.constexpr, Z: tl.constexpr, MIXES: tl.constexpr, CHUNK, BLOCK: tl.constexpr,
+    COLS: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    # Sums of CHUNK parts: a row of `some` each, or, of all that are left, the gradients.
     z = tl.program_id(0) * COLS + tl.arange(0, COLS)
-    row = tl.arange(0, BLOCK)[:, None]
+    first = tl.program_id(1) * CHUNK
+    row, end = first + tl.arange(0, BLOCK)[:, None], tl.minimum(first + CHUNK, programs)
     total = tl.zeros((BLOCK, COLS), tl.float32)
-    for start in range(0, programs, BLOCK):
-        mask = (row + start < programs) & (z < Y + 2 * C + 1)[None, :]
+    for start in range(0, end - first, BLOCK):
+        mask = (row + start < end) & (z < Y + 2 * C + 1)[None, :]
         total += tl.load(parts + (row + start).to(tl.int64) * Z + z[None, :], mask=mask, other=0.0)
     sums = tl.sum(total, axis=0)
-    if Y > 0:
-        tl.store(bias_grad + z, sums, mask=z < Y)
-    tl.store(q_grad + z - Y, sums, mask=(z >= Y) & (z < Y + C))
-    tl.store(k_grad + z - Y - C, sums, mask=(z >= Y + C) & (z < Y + 2 * C))
-    if MIXES:
-        tl.store(logit_grad + z - Y - 2 * C, sums, mask=z == Y + 2 * C)
+    if not LAST:
+        tl.store(some + tl.program_id(1) * Z + z, sums, mask=z < Z)
+    else:
+        if Y > 0:
+            tl.store(bias_grad + z, sums, mask=z < Y)
+        tl.store(q_grad + z - Y, sums, mask=(z >= Y) & (z < Y + C))
+        tl.store(k_grad + z - Y - C, sums, mask=(z >= Y + C) & (z < Y + 2 * C))
+        if MIXES:
+            tl.store(logit_grad + z - Y - 2 * C, sums, mask=z == Y + 2 * C)

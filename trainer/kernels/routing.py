@@ -153,7 +153,7 @@ class _RoutedProduct(torch.autograd.Function):
         counted_T: torch.Tensor | None,
         choice: Choice,
     ) -> tuple[torch.Tensor, ...]:
-        z_TE, bias_E, ctx.choice = _mm(x_TD, weight_ED.t()), bias_E.contiguous(), choice
+        z_TE, bias_E, ctx.choice = wide_product(x_TD, weight_ED.t()), bias_E.contiguous(), choice
         out = choose(z_TE, bias_E, expert_bias_E, counted_T, choice)
         ctx.save_for_backward(x_TD, weight_ED, bias_E, z_TE, out[1], counted_T)
         ctx.mark_non_differentiable(*out[1:4])
@@ -170,11 +170,11 @@ class _RoutedProduct(torch.autograd.Function):
             z_TE, bias_E, experts_TK, counted_T, *grads, ctx.choice, parts=True
         )
         x_grad = parts @ torch.cat([weight_ED, weight_ED])
-        weight_grad = _mm(parts.t(), x_TD).unflatten(0, (2, -1)).sum(dim=0)
+        weight_grad = wide_product(parts.t(), x_TD).unflatten(0, (2, -1)).sum(dim=0)
         return x_grad, weight_grad.to(weight_ED.dtype), bias_grad.to(bias_E.dtype), None, None, None
 
 
-def _mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a @ b of bf16 with an fp32 result: by tensor cores on CUDA, where other devices have no such product."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
@@ -201,8 +201,8 @@ def choose(
             *(E, topk, triton.next_power_of_2(topk), groups, group_topk, *config[:2]),
             num_warps=config.warps,
         )
-    counts_E, best_counts_BE = sums_3BPE[0].sum(dim=(0, 1)), sums_3BPE[1].sum(dim=1)
-    return gates_TK, experts_TK, counts_E, best_counts_BE, sums_3BPE[2].sum(dim=1)
+    counts_BE, best_counts_BE, shares_BE = sums_3BPE.sum(dim=2).unbind()
+    return gates_TK, experts_TK, counts_BE.sum(dim=0), best_counts_BE, shares_BE
 
 
 def _or(stand_in: torch.Tensor, *tensors: torch.Tensor | None) -> list[torch.Tensor]:

@@ -68,7 +68,7 @@ class RoutedExperts(MegatronModule):
         if self.compute == "triton":
             from trainer.kernels.experts import fused_experts
 
-            return fused_experts(x_TD, gates_TK, slots, base_TD, *parameters)
+            return fused_experts(x_TD, gates_TK, slots, base_TD, *parameters, _sums(parameters))
         y_ND = _loop(
             gather_rows(x_TD, slots), slots.rows_E, gather_gates(gates_TK, slots), *parameters
         )
@@ -114,6 +114,15 @@ class RoutedExperts(MegatronModule):
         parameter.tensor_model_parallel = config.expert_model_parallel_size > 1
         parameter.partition_dim, parameter.partition_stride = 0, 1
         return parameter
+
+
+def _sums(parameters: tuple[torch.nn.Parameter, ...]) -> list[torch.Tensor] | None:
+    """The fp32 buffers in which Megatron's DDP adds up gradients of micro-batches; None where there is no DDP.
+
+    Its hook adds `grad` of a parameter, and nothing where there is none (distributed_data_parallel.py:437).
+    """
+    sums = [getattr(parameter, "main_grad", None) for parameter in parameters]
+    return None if any(of is None for of in sums) else sums
 
 
 def _shared_generator(config: TransformerConfig) -> AbstractContextManager[None]:

@@ -2,15 +2,17 @@
 
 A step of the 80 layers is some ten thousand kernels; launched one by one they cost the host more time than the device
 (12.3 ms a layer, measured). Recorded once, a pass is one launch. What is recorded: from the embedding's output through
-all layers and the last norm, with block masks and the routers' counts; backward to every parameter, with Megatron's
-hook that adds a gradient into its fp32 buffer. Embedding, rotation table, loss and optimizer run as ever.
+all layers and the last norm, with the visible ranges of rows and the routers' counts; backward to every parameter.
+What Megatron's hooks do, one parameter at a time, is one kernel after it: the gradients, static as all else, are added
+into their fp32 buffers (those of routed experts are already there: trainer/kernels/experts_backward.py). Embedding,
+rotation table, loss and optimizer run as ever.
 
 A graph has its addresses fixed: inputs are copied into static tensors, weights, gradient buffers and counts are changed
 in place by everybody. Activations live in the graph's own memory pool from the forward to the backward replay, so one
 micro-batch is in flight at a time, as in Megatron's schedule without pipelining.
 
-The stream. AccumulateGrad runs on the stream on which it was made, by Megatron's DDP, and the default stream cannot be
-recorded: topology.py runs the whole process on a stream of its own, and recording uses that one.
+The stream. The default stream cannot be recorded, nor what waits for it: topology.py runs the whole process on a stream
+of its own, and recording uses that one.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ class GraphedLayers:
     """
 
     def __init__(self, block: TransformerBlock) -> None:
+        self._block = block
         self._plain: Callable[..., torch.Tensor] = block.forward
         self._recorded: _Recorded | None = None
         self._recording = False
@@ -46,8 +49,8 @@ class GraphedLayers:
         return self._recorded is not None
 
     def record(self, run: Callable[[], Any]) -> None:
-        """Record the pass that `run` makes through the block, with gradients. Its output is of no use, and gradient
-        buffers and counts hold rubbish afterwards: the caller clears them.
+        """Record the pass that `run` makes through the block, with gradients, under Megatron's DDP. Its output is of no
+        use, and gradient buffers and counts hold rubbish afterwards: the caller clears them.
         """
         self._recording = True
         try:
@@ -63,7 +66,8 @@ class GraphedLayers:
             return self._plain(hidden_states, *arguments, **keywords)
         inputs = (hidden_states, keywords["rotary_pos_emb"], rows.document_BS)
         if self._recording:
-            self._recorded = _Recorded(self._plain, *inputs)
+            parameters = [p for p in self._block.parameters() if p.requires_grad]
+            self._recorded = _Recorded(self._plain, parameters, *inputs)
         if self._recorded is None:
             return self._plain(hidden_states, *arguments, **keywords)
         return _Replay.apply(self._recorded, *inputs)
@@ -75,6 +79,7 @@ class _Recorded:
     def __init__(
         self,
         block: Callable[..., torch.Tensor],
+        parameters: list[torch.nn.Parameter],
         hidden: torch.Tensor,
         rotation: torch.Tensor,
         document: torch.Tensor,
@@ -83,21 +88,39 @@ class _Recorded:
         self.rotation = rotation.detach().clone().requires_grad_(rotation.requires_grad)
         self.document = document.clone()
         self._block = block
+        leaves = [self.hidden, self.rotation, *parameters]
         for _ in range(WARM_UPS):
             out = self._forward()
-            torch.autograd.backward(out, torch.zeros_like(out))
+            self._gradients(out, leaves, torch.zeros_like(out))
             del out
         self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream()
         # Other threads allocate pinned memory meanwhile: only this one must not do what cannot be recorded.
         mode = {"stream": stream, "capture_error_mode": "thread_local"}
-        self.hidden.grad = self.rotation.grad = None
         with torch.cuda.graph(self.forward_graph, **mode):
             out = self._forward()
         self.grad_out = torch.zeros_like(out)
         with torch.cuda.graph(self.backward_graph, pool=self.forward_graph.pool(), **mode):
-            torch.autograd.backward(out, self.grad_out)
+            self.hidden_grad, self.rotation_grad, *grads = self._gradients(
+                out, leaves, self.grad_out
+            )
         self.out = out.detach()
+        self._accumulation = _accumulation(parameters, grads)
+
+    def backward(self) -> None:
+        """Replay the backward pass and add the gradients of parameters to their sums."""
+        self.backward_graph.replay()
+        self._accumulation.add()
+
+    @staticmethod
+    def _gradients(
+        out: torch.Tensor, leaves: list[torch.Tensor], grad_out: torch.Tensor
+    ) -> list[torch.Tensor | None]:
+        """Of the leaves that need one, contiguous; None for the others and for those that are already in the sums."""
+        needed = [leaf for leaf in leaves if leaf.requires_grad]
+        grads = iter(torch.autograd.grad(out, needed, grad_out, allow_unused=True))
+        found = [next(grads) if leaf.requires_grad else None for leaf in leaves]
+        return [None if grad is None else grad.contiguous() for grad in found]
 
     def _forward(self) -> torch.Tensor:
         rows = PackedRows(document_BS=self.document)
@@ -108,6 +131,14 @@ class _Recorded:
             packed_seq_params=rows,
             padding_mask=self.document < 0,
         )
+
+
+def _accumulation(parameters: list[torch.nn.Parameter], grads: list[torch.Tensor | None]) -> Any:
+    """Of the gradients that there are, into Megatron's fp32 buffers."""
+    from trainer.kernels.accumulate import Accumulation
+
+    found = [(p.main_grad, g) for p, g in zip(parameters, grads, strict=True) if g is not None]
+    return Accumulation([total for total, _ in found], [grad for _, grad in found])
 
 
 class _Replay(torch.autograd.Function):
@@ -138,5 +169,5 @@ class _Replay(torch.autograd.Function):
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         recorded = ctx.recorded
         recorded.grad_out.copy_(grad_out)
-        recorded.backward_graph.replay()
-        return None, recorded.hidden.grad, recorded.rotation.grad, None
+        recorded.backward()
+        return None, recorded.hidden_grad, recorded.rotation_grad, None
