@@ -113,7 +113,8 @@ def make_layers(student: StudentConfig, precision: Any, device: Any) -> dict[str
 
                 order_N = torch.arange(len(x_ND), dtype=torch.int32, device=device)
                 ends_E = rows_E.cumsum(0, dtype=torch.int32)
-                slots: Any = Slots(order_N, order_N.unsqueeze(1), rows_E, ends_E)
+                longest_E = rows_E.argsort(descending=True, stable=True).int()
+                slots: Any = Slots(order_N, order_N.unsqueeze(1), rows_E, ends_E, longest_E)
             else:
                 expert_N = torch.repeat_interleave(rows_E, output_size=len(x_ND))
                 slots = self.sort(expert_N.unsqueeze(1), len(rows_E))

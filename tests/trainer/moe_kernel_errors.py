@@ -121,7 +121,7 @@ def routing_errors(
 
 
 def dispatch_errors(device: str, experts_TK: torch.Tensor, num_experts: int) -> dict[str, float]:
-    """How many entries of order, place, rows, ends, and of the tiles of 64 rows, are wrong."""
+    """How many entries of order, place, rows, ends, longest, and of the tiles of 64 rows, are wrong."""
     from trainer.kernels.dispatch import sort_slots, tiles
 
     experts_TK = experts_TK.to(device, torch.int32)
@@ -133,6 +133,7 @@ def dispatch_errors(device: str, experts_TK: torch.Tensor, num_experts: int) -> 
         "place": slots.place_TK.flatten()[order] != torch.arange(len(keys), device=device),
         "rows": slots.rows_E != rows,
         "ends": slots.ends_E != rows.cumsum(0),
+        "longest": slots.longest_E != rows.argsort(descending=True, stable=True),
     }
     tile_expert, tile_start = tiles(slots.rows_E, 64, len(keys))
     begin = (rows.cumsum(0) - rows).tolist()

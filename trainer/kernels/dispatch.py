@@ -10,6 +10,7 @@ Shapes: T tokens, K slots of each, N = T K slots, E experts, D hidden size, L ti
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ _SORT_BLOCK = (
     128  # slots a program: 128^2 comparisons, 64 a thread at 8 warps; 256^2 spill registers
 )
 _TILES_BLOCK = 64
+_LONGEST_BLOCK = 32  # experts that all are compared with at a time
 # Numbers of rows are not specialised: with expert parallelism they change every step, and each kind would be compiled.
 
 
@@ -43,13 +45,15 @@ class Slots(NamedTuple):
     """Where each slot of each token goes; all int32, on the device.
 
     order_N: the slots t * K + k by expert, those of one expert in rising order; place_TK: the position of each slot in
-    it, its inverse; rows_E: slots of each expert; ends_E: their running sum, the expert's own rows included.
+    it, its inverse; rows_E: slots of each expert; ends_E: their running sum, the expert's own rows included;
+    longest_E: the experts by falling rows, ties to the lower id.
     """
 
     order_N: torch.Tensor
     place_TK: torch.Tensor
     rows_E: torch.Tensor
     ends_E: torch.Tensor
+    longest_E: torch.Tensor
 
 
 def sort_slots(experts_TK: torch.Tensor, num_experts: int) -> Slots:
@@ -67,9 +71,11 @@ def sort_slots(experts_TK: torch.Tensor, num_experts: int) -> Slots:
     experts_TK = experts_TK.contiguous()
     order_N, place_TK = experts_TK.new_empty(experts_TK.numel()), torch.empty_like(experts_TK)
     slots = order_N.numel()
+    of_experts = experts_TK.new_empty(3, num_experts).unbind(0)
     if slots == 0:
-        return Slots(order_N, place_TK, *experts_TK.new_zeros(2, num_experts).unbind(0))
-    rows_E, ends_E = experts_TK.new_empty(num_experts), experts_TK.new_empty(num_experts)
+        rows_E, ends_E, longest_E = of_experts
+        torch.arange(num_experts, out=longest_E)
+        return Slots(order_N, place_TK, rows_E.zero_(), ends_E.zero_(), longest_E)
     blocks = triton.cdiv(slots, _SORT_BLOCK)
     counts_EB = experts_TK.new_empty(num_experts, blocks)
     padded = triton.next_power_of_2(num_experts)
@@ -79,11 +85,11 @@ def sort_slots(experts_TK: torch.Tensor, num_experts: int) -> Slots:
     # Expert after expert, block after block: the sum up to (e, b) is where the next block's slots of e begin.
     sums_EB = counts_EB.view(-1).cumsum(0, dtype=torch.int32)
     _rank_kernel[(blocks,)](
-        *(experts_TK, sums_EB, order_N, place_TK, rows_E, ends_E, slots, blocks, num_experts),
-        *(padded, _SORT_BLOCK),
+        *(experts_TK, sums_EB, order_N, place_TK, *of_experts, slots, blocks, num_experts),
+        *(padded, math.gcd(padded, _LONGEST_BLOCK), _SORT_BLOCK),
         num_warps=8,
     )
-    return Slots(order_N, place_TK, rows_E, ends_E)
+    return Slots(order_N, place_TK, *of_experts)
 
 
 @triton.jit(do_not_specialize=["slots", "blocks"])
@@ -106,10 +112,12 @@ def _rank_kernel(
     place,
     rows,
     ends,
+    longest,
     slots,
     blocks,
     num_experts,
     E: tl.constexpr,
+    SOME: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     block = tl.program_id(0)
@@ -123,10 +131,25 @@ def _rank_kernel(
     tl.store(order + begin + rank, i, mask=i < slots)
     if block == 0:
         e = tl.arange(0, E)
-        end = tl.load(sums + e * blocks + blocks - 1, mask=e < num_experts, other=0)
-        first = tl.load(sums + e * blocks - 1, mask=(e > 0) & (e < num_experts), other=0)
+        end, count = _ends_and_rows(sums, e, blocks, num_experts)
         tl.store(ends + e, end, mask=e < num_experts)
-        tl.store(rows + e, end - first, mask=e < num_experts)
+        tl.store(rows + e, count, mask=e < num_experts)
+        longer = tl.zeros((E,), tl.int32)
+        for first in range(0, E, SOME):
+            other = first + tl.arange(0, SOME)
+            _, others = _ends_and_rows(sums, other, blocks, num_experts)
+            tie = (others[None, :] == count[:, None]) & (other[None, :] < e[:, None])
+            longer += tl.sum(((others[None, :] > count[:, None]) | tie).to(tl.int32), axis=1)
+        tl.store(longest + longer, e, mask=e < num_experts)
+
+
+@triton.jit
+def _ends_and_rows(sums, e, blocks, num_experts):
+    """Of experts e; -1 rows of what is none."""
+    inside = e < num_experts
+    end = tl.load(sums + e * blocks + blocks - 1, mask=inside, other=0)
+    first = tl.load(sums + e * blocks - 1, mask=(e > 0) & inside, other=0)
+    return end, tl.where(inside, end - first, -1)
 
 
 def tiles(rows_E: torch.Tensor, block_m: int, slots: int) -> TileMap:

@@ -134,7 +134,7 @@ class _FusedExperts(torch.autograd.Function):
             )
         base_grad = grad_TD if ctx.base else None
         weight_grads = sums if ctx.sums is None else [None] * 4
-        return (x_grad, gates_grad, base_grad, *weight_grads, None, None, None, None, None)
+        return (x_grad, gates_grad, base_grad, *weight_grads, None, *[None] * len(slots))
 
 
 def up(

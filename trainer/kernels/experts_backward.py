@@ -245,7 +245,7 @@ def outer(
     (F, D), K, E = (narrow_NF.shape[1], wide_TD.shape[1]), slots.place_TK.shape[1], len(weight_sum)
     cols = math.gcd(config.cols, D)
     _outer_kernel[(E * (D // cols),)](
-        *(narrow_NF, wide_TD, side_NC, slots.order_N, slots.rows_E, slots.ends_E),
+        *(narrow_NF, wide_TD, side_NC, slots.order_N, slots.rows_E, slots.ends_E, slots.longest_E),
         *(weight_sum, bias_sum, gated, add, K, D, F, SIDE, config.step, cols),
         num_warps=config.warps,
         num_stages=config.stages,
@@ -261,6 +261,7 @@ def _outer_kernel(
     order,
     rows_of,
     ends,
+    longest,
     weight_sum,
     bias_sum,
     GATED: tl.constexpr,
@@ -272,7 +273,8 @@ def _outer_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    expert = tl.program_id(0) // (D // BLOCK_D)
+    # Longest first: an expert of many times the mean rows that began last would keep a few programs alone.
+    expert = tl.load(longest + tl.program_id(0) // (D // BLOCK_D))
     block = tl.program_id(0) % (D // BLOCK_D)
     end = tl.load(ends + expert)
     begin = end - tl.load(rows_of + expert)

@@ -3,8 +3,9 @@
 `attention_half` is the layer but its routed experts, pure and of tensors alone: norm, projection (TPA's factors or
 fused), queries, keys and values with QK-norm, rotation and value residual, attention with sinks, output projection,
 residual, second norm, and the expert that every token visits (or the dense MLP). `fused_half` computes the same on
-CUDA: what surrounds the products by torch.compile (one compilation for all layers of a kind, weights being arguments),
-the rest by trainer/kernels/qkv.py and attention.py; the routed experts follow by trainer/kernels/experts.py.
+CUDA: what surrounds attention by torch.compile (around_attention.py; weights being arguments, one compilation serves
+all layers of a kind), the rest by trainer/kernels/qkv.py and attention.py; the routed experts follow by
+trainer/kernels/experts.py.
 
 The modules of the layer stay Megatron's (transformer_impl: local) and hold the weights, so checkpoints, optimizers and
 exports know no difference. Sampling runs the modules themselves: their rows attend over a cache (cached.py).
@@ -20,6 +21,13 @@ from typing import Any, NamedTuple
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from trainer.megatron.around_attention import (
+    after,
+    after_attention,
+    before,
+    before_attention,
+    rms_norm,
+)
 from trainer.megatron.attention import PackedRows, alibi, dense_attention
 from trainer.megatron.moe import StudentMoE
 from trainer.megatron.self_attention import ValueResidualAttention, ValueResidualLayer
@@ -55,10 +63,13 @@ class LayerShape(NamedTuple):
 
 
 class Halfway(NamedTuple):
-    """base_SBD: the layer's output but for its routed experts. x_SBD: what these take. value_SBGC: v_1, of layer 1."""
+    """base_SBD: the layer's output but for its routed experts. x_SBD, router_x_SBD: what these and their router take,
+    of the same values. value_SBGC: v_1, of layer 1.
+    """
 
     base_SBD: torch.Tensor
     x_SBD: torch.Tensor
+    router_x_SBD: torch.Tensor
     value_SBGC: torch.Tensor | None
 
 
@@ -77,9 +88,8 @@ def attention_half(
     Everything outside of products and attention is computed in fp32 (fp64 of fp64) and rounded once to the dtype of
     hidden where a product, or the residual stream, takes it.
     """
-    mixed_SBX = before_attention(
-        hidden_SBD, weights["norm1"], projection(weights, shape), shape.eps
-    )
+    maps, bias = projection(weights, shape)
+    mixed_SBX = before_attention(hidden_SBD, weights["norm1"], bias, maps, shape.eps)
     query, key, value, first = queries_keys_values(
         mixed_SBX, first_value_SBGC, rotation_2SP, weights, shape
     )
@@ -92,8 +102,8 @@ def attention_half(
         scale=shape.scale,
     )
     out_SBX = out_BHSC.permute(2, 0, 1, 3).flatten(2)
-    base_SBD, x_SBD = after_attention(hidden_SBD, out_SBX, after_weights(weights), shape.eps)
-    return Halfway(base_SBD, x_SBD, first)
+    base_SBD, x_SBD, *_ = after_attention(hidden_SBD, out_SBX, after_weights(weights), shape.eps)
+    return Halfway(base_SBD, x_SBD, x_SBD, first)
 
 
 def fused_half(
@@ -105,15 +115,15 @@ def fused_half(
     *,
     shape: LayerShape,
 ) -> Halfway:
-    """`attention_half` on CUDA in bf16: two compiled functions, and two kernels between them."""
+    """`attention_half` on CUDA in bf16: compiled functions before and after attention, two kernels between them."""
     from trainer.kernels.attention import attention
     from trainer.kernels.qkv import qkv
 
-    (S, B), tpa = hidden_SBD.shape[:2], shape.q_rank > 0
-    before, after = _compiled()
-    mixed_SBX = before(hidden_SBD, weights["norm1"], projection(weights, shape), shape.eps)
+    (S, B, D), tpa = hidden_SBD.shape, shape.q_rank > 0
+    maps, bias = projection(weights, shape)
+    mixed_TX, hidden_TD = before(hidden_SBD.flatten(0, 1), weights["norm1"], bias, maps, shape.eps)
     heads = qkv(
-        mixed_SBX.flatten(0, 1),
+        mixed_TX,
         weights["qkv_bias"] if tpa else None,
         weights["q_norm"],
         weights["k_norm"],
@@ -135,33 +145,8 @@ def fused_half(
         alibi=shape.window is None,
         scale=shape.scale,
     )
-    base_SBD, x_SBD = after(hidden_SBD, out_SBHC.flatten(2), after_weights(weights), shape.eps)
-    return Halfway(base_SBD, x_SBD, value if shape.gives else None)
-
-
-def before_attention(
-    hidden_SBD: torch.Tensor,
-    norm_D: torch.Tensor,
-    maps: tuple[tuple[torch.Tensor, ...], torch.Tensor | None],
-    eps: float,
-) -> torch.Tensor:
-    """The norm and the projection, [S, B, X]: TPA's factors side by side, or queries, keys, values with their bias."""
-    weights, bias = maps
-    normed_SBD = rms_norm(hidden_SBD, norm_D, eps).to(hidden_SBD.dtype)
-    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-    return torch.nn.functional.linear(normed_SBD, weight, bias)
-
-
-def after_attention(
-    hidden_SBD: torch.Tensor, out_SBX: torch.Tensor, weights: tuple[torch.Tensor, ...], eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """base and x of Halfway, from the layer's input and attention's output."""
-    proj, proj_bias, norm, fc1, fc1_bias, fc2, fc2_bias = weights
-    linear = torch.nn.functional.linear
-    residual_SBD = hidden_SBD + linear(out_SBX, proj, proj_bias)
-    x_SBD = rms_norm(residual_SBD, norm, eps).to(hidden_SBD.dtype)
-    inner = torch.relu(linear(x_SBD, fc1, fc1_bias)).square()
-    return residual_SBD + linear(inner, fc2, fc2_bias), x_SBD
+    outs = after(hidden_TD, out_SBHC.view(S * B, -1), after_weights(weights), shape.eps)
+    return Halfway(*(of.view(S, B, D) for of in outs), value if shape.gives else None)
 
 
 def queries_keys_values(
@@ -184,12 +169,6 @@ def queries_keys_values(
         logit = weights["value_residual"]
         value = torch.sigmoid(logit) * value + torch.sigmoid(-logit) * first_value_SBGC
     return query.to(dtype), key.to(dtype), value.to(dtype), first
-
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in fp32 or wider, not rounded back (arXiv 1910.07467)."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight.to(x.dtype)
 
 
 def rotated(x_SBHC: torch.Tensor, rotation_2SP: torch.Tensor) -> torch.Tensor:
@@ -282,7 +261,7 @@ class CompiledLayer(ValueResidualLayer):
         if not is_plain(rows):
             return super().forward(hidden_states, *arguments, **keywords)
         dense = self.self_attention.core_attention.backend == "dense"
-        base_SBD, x_SBD, value_SBGC = (attention_half if dense else fused_half)(
+        base_SBD, x_SBD, router_x_SBD, value_SBGC = (attention_half if dense else fused_half)(
             hidden_states,
             context,
             keywords["rotary_pos_emb"],
@@ -291,7 +270,7 @@ class CompiledLayer(ValueResidualLayer):
             shape=self._kind,
         )
         if isinstance(self.mlp, StudentMoE):
-            base_SBD = self.mlp.routed(x_SBD, keywords.get("padding_mask"), base_SBD)
+            base_SBD = self.mlp.routed(x_SBD, keywords.get("padding_mask"), base_SBD, router_x_SBD)
         return base_SBD, context if value_SBGC is None else value_SBGC
 
     @functools.cached_property
@@ -324,19 +303,3 @@ def rotation_table(angle_SC: torch.Tensor) -> torch.Tensor:
     """cos and sin of Megatron's angles [S, 1, 1, C], planes repeated, to [2, S, C / 2]."""
     angle_SP = angle_SC[:, 0, 0, : angle_SC.shape[-1] // 2]
     return torch.stack([angle_SP.cos(), angle_SP.sin()])
-
-
-@functools.cache
-def _compiled() -> tuple[Any, Any]:
-    """`before_attention` and `after_attention`, one graph each or an error, for each kind of layer and number of rows.
-
-    What lies between products is computed again in the backward pass: a norm or relu^2 costs one read, and a layer
-    keeps 2 tensors of the hidden states' size less (of 11 at the locked sizes).
-    """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    torch._functorch.config.aggressive_recomputation = True
-    compiled = [
-        torch.compile(function, fullgraph=True, dynamic=False)
-        for function in (before_attention, after_attention)
-    ]
-    return compiled[0], compiled[1]

@@ -60,11 +60,17 @@ class StudentMoE(MegatronModule):
         return self.routed(hidden_SBD, padding_mask, self.shared_experts(hidden_SBD)), None
 
     def routed(
-        self, x_SBD: torch.Tensor, padding_mask: torch.Tensor | None, base_SBD: torch.Tensor
+        self,
+        x_SBD: torch.Tensor,
+        padding_mask: torch.Tensor | None,
+        base_SBD: torch.Tensor,
+        router_x_SBD: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """base + what the routed experts make of x, [S, B, D]."""
+        """base + what the routed experts make of x, [S, B, D]. router_x: x for the router, where it is given twice."""
         padding_SB = None if padding_mask is None else padding_mask.t()
-        gates_TK, experts_TK = self.router(x_SBD, padding_SB)
+        gates_TK, experts_TK = self.router(
+            x_SBD if router_x_SBD is None else router_x_SBD, padding_SB
+        )
         x_TD, base_TD = x_SBD.flatten(0, 1), base_SBD.flatten(0, 1)
         if self.ep_group.size() == 1:
             slots = self.experts.sort(experts_TK, self.config.num_moe_experts)

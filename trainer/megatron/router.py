@@ -23,6 +23,7 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 
+from trainer.megatron.compiled import compiled
 from trainer.megatron.experts import Compute
 
 
@@ -117,11 +118,21 @@ class StudentRouter(TopKRouter):
         counts_BE = routing.best_counts_BE
         if self.tp_cp_group.size() > 1:
             dist.all_reduce(counts_BE, group=self.tp_cp_group)
-        tokens_B = (counts_BE.sum(dim=1) / self.topk).clamp(min=1)
-        factor_B = self.num_experts * self.config.moe_aux_loss_coeff / self.topk
-        loss_B = (counts_BE * routing.shares_BE).sum(dim=1) * factor_B / tokens_B.square()
-        self.aux_loss_sum += loss_B.detach().sum()
-        return loss_B.mean()
+        factor = self.num_experts * self.config.moe_aux_loss_coeff / self.topk
+        # Compiled: it is 20 kernels on a few thousand numbers otherwise.
+        loss = compiled(balance_loss) if self.compute == "triton" else balance_loss
+        mean, total = loss(counts_BE, routing.shares_BE, self.topk, factor)
+        self.aux_loss_sum += total.detach()
+        return mean
+
+
+def balance_loss(
+    counts_BE: torch.Tensor, shares_BE: torch.Tensor, topk: int, factor: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and sum over rows of factor / T^2 * sum_i counts_i shares_i, T the row's tokens; see `_aux_loss`."""
+    tokens_B = (counts_BE.sum(dim=1) / topk).clamp(min=1)
+    loss_B = (counts_BE * shares_BE).sum(dim=1) * factor / tokens_B.square()
+    return loss_B.mean(), loss_B.sum()
 
 
 def route(
