@@ -29,8 +29,8 @@ CHOICE: dict[str, Any] = {"topk": K, "groups": 8, "group_topk": 4, "scaling": 2.
 BANDWIDTH, FLOPS = 4.3e12, 700e12
 _WIDE = [(128, 64, 1, 8, 3), (128, 64, 2, 8, 3), (128, 128, 2, 8, 3), (128, 64, 1, 8, 2)]
 _WIDE += [(64, 128, 1, 4, 2), (64, 64, 1, 4, 3)]
-_OUTER = [(128, 32, 8, 5), (128, 32, 8, 4), (128, 64, 8, 3), (128, 64, 8, 5), (64, 64, 8, 3)]
-_OUTER += [(64, 32, 4, 5), (64, 64, 4, 3)]
+_OUTER = [(128, 64, 8, 3, 128), (128, 64, 8, 3), (128, 32, 8, 5, 128), (64, 64, 8, 3)]
+_OUTER += [(64, 64, 4, 3), (256, 64, 8, 3)]
 _ROUTE = [(4, 4, 1), (4, 2, 1), (2, 4, 1), (2, 8, 1), (16, 1, 4)]
 _SUM = [(4, 8), (2, 4), (1, 4), (1, 2), (8, 8)]
 SETTINGS: dict[str, list[tuple[int, ...]]] = {
@@ -40,7 +40,7 @@ SETTINGS: dict[str, list[tuple[int, ...]]] = {
     "up": [(128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 4, 3), (64, 64, 4, 4), (256, 64, 8, 3)],
     "down": _WIDE,
     "sum": _SUM,
-    "inner": [(128, 64, 8, 4), (128, 64, 8, 3), (64, 64, 8, 3), (64, 64, 4, 3), (64, 128, 8, 3)],
+    "inner": [(64, 64, 4, 3), (64, 64, 8, 3, 128), (128, 64, 8, 3), (64, 128, 8, 3)],
     "rows": _WIDE,
     "sum of gradients": _SUM,
     "outer 1": _OUTER,
@@ -135,8 +135,8 @@ def costs(tokens: int) -> dict[str, tuple[float, float]]:
         "inner": (wide + weight + 3 * narrow, flops),
         "rows": (wide + weight + narrow, flops),
         "sum of gradients": (wide + own, 0),
-        "outer 1": (wide + weight + narrow, flops),
-        "outer 2": (wide + weight + narrow, flops),
+        "outer 1": (wide + 4 * weight + narrow, flops),
+        "outer 2": (wide + 4 * weight + narrow, flops),
     }
 
 
@@ -151,7 +151,8 @@ def launches(tokens: int) -> dict[str, Callable[..., Any]]:
     x, g, w1, b1 = draw(tokens, D), draw(tokens, D), draw(E, F, D), draw(E, F)
     w2, b2, y, z = draw(E, D, F), draw(E, D), draw(tokens * K, D), draw(tokens * K, F)
     gates, logits = torch.rand(tokens, K, device="cuda"), torch.randn(tokens, E, device="cuda")
-    slots, flat = dispatch.sort_slots(experts_TK, E), torch.rand(tokens * K, device="cuda")
+    slots, side = dispatch.sort_slots(experts_TK, E), draw(tokens * K, experts_backward.SIDE)
+    sums = [torch.zeros_like(w, dtype=torch.float32) for w in (w1, b1, w2, b2)]
     choice, balance = routing.Choice(rows=tokens // ROW, **CHOICE), torch.zeros(E, device="cuda")
     shares = torch.randn(tokens // ROW, E, device="cuda")
     of, back = routing.RouteConfig, experts_backward
@@ -164,14 +165,18 @@ def launches(tokens: int) -> dict[str, Callable[..., Any]]:
         "sort": lambda: dispatch.sort_slots(experts_TK, E),
         "up": lambda *c: experts.up(x, slots, w1, b1, experts.UpConfig(*c)),
         "down": lambda *c: experts.down(z, gates, slots, w2, b2, experts.DownConfig(*c)),
-        "sum": lambda *c: dispatch.sum_slots(y, slots.place_TK, x, dispatch.SumConfig(*c)),
+        "sum": lambda *c: dispatch.sum_slots(y, slots.place_TK, [x], dispatch.SumConfig(*c)),
         "inner": lambda *c: back.inner(g, gates, z, slots, w2, b2, back.InnerConfig(*c)),
         "rows": lambda *c: back.rows(z, slots, w1, back.RowsConfig(*c)),
         "sum of gradients": lambda *c: dispatch.sum_slots(
-            y, slots.place_TK, None, dispatch.SumConfig(*c)
+            y, slots.place_TK, [], dispatch.SumConfig(*c)
         ),
-        "outer 1": lambda *c: back.outer(z, x, slots, w1, b1, None, back.OuterConfig(*c)),
-        "outer 2": lambda *c: back.outer(z, g, slots, w2, b2, flat, back.OuterConfig(*c)),
+        "outer 1": lambda *c: back.outer(
+            z, x, side, slots, *sums[:2], gated=False, add=True, config=back.OuterConfig(*c)
+        ),
+        "outer 2": lambda *c: back.outer(
+            z, g, side, slots, *sums[2:], gated=True, add=True, config=back.OuterConfig(*c)
+        ),
     }
 
 
@@ -219,7 +224,7 @@ def _whole(tokens: int) -> dict[str, float]:
     def forward() -> tuple[torch.Tensor, torch.Tensor]:
         got = routed(x, router, router_bias, balance, None, rows=tokens // ROW, **CHOICE)
         slots = sort_slots(got.experts_TK, E)
-        return fused_experts(x, got.gates_TK, slots, base, *weights), got.shares_BE
+        return fused_experts(x, got.gates_TK, slots, [base], *weights), got.shares_BE
 
     def both() -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(forward(), leaves, [grad, shares_grad])

@@ -118,7 +118,7 @@ def make_layers(student: StudentConfig, precision: Any, device: Any) -> dict[str
             else:
                 expert_N = torch.repeat_interleave(rows_E, output_size=len(x_ND))
                 slots = self.sort(expert_N.unsqueeze(1), len(rows_E))
-            return super().forward(x_ND, gate_N.unsqueeze(1).float(), slots, None), None
+            return super().forward(x_ND, gate_N.unsqueeze(1).float(), slots), None
 
     class Shared(SharedExpert):
         def __init__(self, *args: Any, gate: bool, **kwargs: Any) -> None:

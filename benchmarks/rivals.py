@@ -10,6 +10,7 @@ shared expert of width 512, rows of 2048. What each way cannot do of the student
 - megatron_te: get_gpt_decoder_block_spec with TransformerEngine (attention, TEGroupedMLP), alltoall dispatcher, squared
   ReLU, fp32 router with groups, expert bias and auxiliary loss, QK-norm, rotation; no bias (its shared expert allows
   none), no sink, no documents, full causal attention. `megatron_te_fused` adds its fused permute, router and rotation.
+- ours, ours_recorded: the student's own layers, whole (benchmarks/rivals_ours.py).
 - hf_nemotron_*: NemotronH's attention and MoE blocks, which together are a layer (squared ReLU without a gate, sigmoid
   groups, shared expert); no QK-norm, no rotation. hf_glm_*: Glm4Moe's decoder layer (QK-norm, rotation, sigmoid groups;
   its experts have a gate, so half as much arithmetic again). Causal attention by torch's scaled_dot_product_attention.
@@ -37,6 +38,7 @@ from typing import Any
 import torch
 
 from benchmarks.report import header
+from benchmarks.rivals_ours import ours
 from common.files import write_json
 
 RESULT = Path(__file__).parent / "results" / "rivals.json"
@@ -232,6 +234,10 @@ def _hf_model(kind: Any, config: Any, device: str, experts: str) -> Any:
 
 
 WAYS: dict[str, Callable[[Sizes, str], Made]] = {
+    "ours": lambda sizes, device: ours(sizes, device, layers=LAYERS, recorded=False),
+    "ours_recorded": lambda sizes, device: ours(
+        sizes, device, layers=LAYERS, recorded=device == "cuda"
+    ),
     "hf_nemotron_grouped_mm": lambda sizes, device: nemotron(sizes, device, experts="grouped_mm"),
     "hf_glm_grouped_mm": lambda sizes, device: glm(sizes, device, experts="grouped_mm"),
     "hf_nemotron_eager": lambda sizes, device: nemotron(sizes, device, experts="eager"),
@@ -340,7 +346,9 @@ def measure(made: Made, tokens: int, settings: dict[str, Any]) -> dict[str, Any]
         taken.append(once())
     assert x.grad is not None
     host, wall = (1e3 * statistics.median(of) / LAYERS for of in zip(*taken, strict=True))
-    without = sum(1 for p in parameters if p.requires_grad and p.grad is None)
+    without = sum(
+        1 for p in parameters if p.requires_grad and p.grad is None and not hasattr(p, "main_grad")
+    )
     figures: dict[str, Any] = {
         "host_ms": round(host, 3),
         "wall_ms": round(wall, 3),

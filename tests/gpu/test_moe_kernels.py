@@ -13,6 +13,7 @@ from tests.trainer.moe_kernel_errors import (
     expert_inputs,
     expert_results,
     routing_errors,
+    sum_errors,
 )
 
 pytestmark = [
@@ -62,6 +63,11 @@ def test_experts_equal_plain_fp64(tokens, topk, base) -> None:
         assert error <= 1, name
 
 
+def test_gradients_are_added_to_sums_unrounded() -> None:
+    for name, error in sum_errors("cuda", _experts(3000, 4), SIZES).items():
+        assert error <= 1, name
+
+
 def test_no_rows_give_gradients_of_zero() -> None:
     experts_TK = torch.empty(0, 1, dtype=torch.int32, device="cuda")
     leaves = expert_inputs("cuda", experts_TK, SIZES, base=False)
@@ -79,7 +85,7 @@ def _layer(leaves: list[torch.Tensor], experts: int = 256) -> list[torch.Tensor]
     balance = torch.zeros(experts, device="cuda")
     counted_T = torch.arange(len(x), device="cuda") % 7 != 0
     got = routed(x, router, router_bias, balance, counted_T, rows=2, **CHOICE)
-    out = fused_experts(x, got.gates_TK, sort_slots(got.experts_TK, experts), base, *weights)
+    out = fused_experts(x, got.gates_TK, sort_slots(got.experts_TK, experts), [base], *weights)
     grads = torch.autograd.grad((out.float().sum() + got.shares_BE.square().sum()), leaves)
     return [out.detach(), *(t.detach() for t in got), *grads]
 

@@ -185,7 +185,7 @@ def expert_results(
 
     x, gates, base, *weights = leaves
     slots = sort_slots(experts_TK.to(x.device, torch.int32), num_experts)
-    out = fused_experts(x, gates, slots, base, *weights)
+    out = fused_experts(x, gates, slots, [] if base is None else [base], *weights)
     return _named(leaves, out)
 
 
@@ -212,3 +212,31 @@ def expert_errors(
         if bool((got[name][idle] != 0).any()) or got[name].dtype != torch.bfloat16:
             errors[name] = float("inf")
     return errors
+
+
+def sum_errors(
+    device: str, experts_TK: torch.Tensor, sizes: tuple[int, int, int]
+) -> dict[str, float]:
+    """Of what two backward passes add to fp32 sums, against the gradients that are given back, over bounds of these."""
+    from trainer.kernels.dispatch import sort_slots
+    from trainer.kernels.experts import fused_experts
+
+    leaves = expert_inputs(device, experts_TK, sizes, base=False)
+    x, gates, _, *weights = leaves
+    want = expert_results(leaves, experts_TK, sizes[0])
+    sums = [torch.randn(w.shape, device=device) for w in weights]
+    before = [total.clone() for total in sums]
+    slots = sort_slots(experts_TK.to(device, torch.int32), sizes[0])
+    for _ in range(2):
+        out = fused_experts(x, gates, slots, [], *weights, sums)
+        make = torch.Generator(device).manual_seed(5)
+        weigh = torch.randn(out.shape, device=device, generator=make).bfloat16()
+        grads = torch.autograd.grad(out, [x, gates, *weights], weigh, allow_unused=True)
+        assert all(grad is None for grad in grads[2:])
+    added = [(after - old) / 2 for after, old in zip(sums, before, strict=True)]
+    # The gradients given back are rounded to bf16, half a unit at most: 2^-9.
+    names = zip(NAMES[4:], added, strict=True)
+    return {name: gap(total, want[name]) / 2**-9 for name, total in names} | {
+        "x": gap(grads[0], want["x"]) / 1e-7,
+        "gates": gap(grads[1], want["gates"]) / 1e-7,
+    }

@@ -19,6 +19,7 @@ from tests.trainer.moe_kernel_errors import (
     expert_inputs,
     expert_results,
     routing_errors,
+    sum_errors,
 )
 
 pytest.importorskip("triton", reason="needs triton")
@@ -117,6 +118,7 @@ def test_no_slots() -> None:
     slots = sort_slots(torch.empty(0, 4, dtype=torch.int32), 8)
     assert slots.order_N.shape == (0,) and slots.place_TK.shape == (0, 4)
     assert slots.rows_E.tolist() == slots.ends_E.tolist() == [0] * 8
+    assert slots.longest_E.tolist() == list(range(8))
 
 
 @pytest.mark.parametrize(("tokens", "topk", "base"), [(150, 4, True), (90, 1, False), (3, 2, True)])
@@ -124,6 +126,24 @@ def test_experts_equal_plain_fp64(tokens, topk, base) -> None:
     errors = expert_errors("cpu", _experts(tokens, topk), SIZES, base=base)
     assert len(errors) == 7 + base
     for name, error in errors.items():
+        assert error <= 1, name
+
+
+def test_a_second_base_is_added_before_rounding() -> None:
+    from trainer.kernels.dispatch import sort_slots, sum_slots
+
+    make = torch.Generator().manual_seed(3)
+    y_ND, *bases = (torch.randn(n, 64, generator=make).bfloat16() for n in (40, 20, 20))
+    slots = sort_slots(_experts(20, 2).int(), 8)
+    for count in range(3):
+        want = y_ND.float()[slots.place_TK].sum(dim=1) + sum(b.float() for b in bases[:count])
+        got = sum_slots(y_ND, slots.place_TK, bases[:count])
+        torch.testing.assert_close(got.float(), want, rtol=2**-8, atol=0)
+
+
+def test_gradients_are_added_to_sums_unrounded() -> None:
+    """Those of the weights, which then have none of their own."""
+    for name, error in sum_errors("cpu", _experts(150, 4), SIZES).items():
         assert error <= 1, name
 
 

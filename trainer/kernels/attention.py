@@ -4,11 +4,12 @@ Position i of row b sees j where low_BS[b, i] <= j <= i. With s_ij = scale q_i .
 ALiBi and else 2^(-8 (h + 1) / H) (arXiv 2108.12409), and the sink b_h: out_i = sum_j exp(s_ij) v_j / (exp(b_h) +
 sum_j exp(s_ij)). `trainer.megatron.attention.dense_attention` is the reference.
 
-A program takes a block of queries of one head and walks the blocks of keys from low of its first query to its own. The
+A program takes a block of rows, a few queries of all heads of one key-value head, and walks the blocks of keys from low
+of its first query to its last: keys are read once for all of these heads, and by few queries a window is left soon. The
 sink starts the running maximum and the running sum (at 1), so no row is without a finite maximum. Scores are in units
 of q . k until the exponent, which is one multiply-add: exp2(s * scale * log2(e) - maximum). The part of the ALiBi bias
-that depends on i alone, m_h (i - start), is left out of the scores and added to the sink instead: one addition a pair.
-Where a launch is `split`, the blocks that every query of the program sees whole are walked apart, without a mask.
+that depends on i alone, m_h (i - start), is left out of the scores and added to the sink instead: one multiply-add a
+pair. Where a launch is `split`, the blocks that every query of the program sees whole are walked apart, without a mask.
 bf16 products, fp32 sums, no atomics: two runs give the same bits. Nothing waits for the device.
 
 Shapes: S positions, B rows, H query heads, G key-value heads, C head dim, P programs.
@@ -24,7 +25,7 @@ import triton.language as tl
 
 from common.errors import ConfigError
 from trainer.kernels import attention_backward as backward_kernels
-from trainer.kernels.attention_backward import LOG2E, Launch, alibi_slope
+from trainer.kernels.attention_backward import LOG2E, Launch, alibi_slope, block_rows
 
 
 class Launches(NamedTuple):
@@ -38,14 +39,14 @@ class Launches(NamedTuple):
 # Four warps on 64 queries: more programs of a multiprocessor at once were worth more than larger tiles, on an H200
 # (benchmarks/attention.py).
 WINDOW = Launches(
-    forward=Launch(queries=64, keys=32, warps=4, stages=2),
-    queries=Launch(queries=64, keys=32, warps=4, stages=2),
-    keys=Launch(queries=64, keys=64, warps=4, stages=2),
+    forward=Launch(rows=64, keys=32, warps=4, stages=2),
+    queries=Launch(rows=64, keys=32, warps=4, stages=2),
+    keys=Launch(rows=64, keys=64, warps=4, stages=2),
 )
 FULL = Launches(
-    forward=Launch(queries=64, keys=32, warps=4, stages=3, split=True),
-    queries=Launch(queries=64, keys=64, warps=4, stages=2),
-    keys=Launch(queries=32, keys=64, warps=4, stages=3),
+    forward=Launch(rows=64, keys=32, warps=4, stages=3, split=True),
+    queries=Launch(rows=64, keys=64, warps=4, stages=2),
+    keys=Launch(rows=32, keys=64, warps=4, stages=3),
 )
 
 
@@ -162,10 +163,11 @@ def attend(
     of = launch or (FULL if window is None else WINDOW).forward
     out_SBHC = torch.empty(S, B, H, C, dtype=q_SBHC.dtype, device=q_SBHC.device)
     lse_BHS = torch.empty(B, H, S, dtype=torch.float32, device=q_SBHC.device)
-    _forward_kernel[(triton.cdiv(S, of.queries) * B * H,)](
+    turns = triton.next_power_of_2(H // G)
+    _forward_kernel[(triton.cdiv(S, of.rows // turns) * B * G,)](
         *(q_SBHC, k_SBGC, v_SBGC, sink_H, low_BS, out_SBHC, lse_BHS),
         *(*q_SBHC.stride()[:3], *k_SBGC.stride()[:3], *v_SBGC.stride()[:3]),
-        *(S, B, float(scale), H, G, C, of.queries, of.keys, alibi, of.split),
+        *(S, B, float(scale), H, G, C, turns, of.rows, of.keys, alibi, of.split),
         num_warps=of.warps,
         num_stages=of.stages,
     )
@@ -204,24 +206,22 @@ def gradients(
 @triton.jit
 def _forward_kernel(
     q, k, v, sink, low, out, lse, q_s, q_b, q_h, k_s, k_b, k_g, v_s, v_b, v_g, S, B, scale,
-    H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, ALIBI: tl.constexpr, SPLIT: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, TURNS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIBI: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    # Heads first: those of one group read the same keys and values at about the same time.
-    program, blocks = tl.program_id(0), tl.cdiv(S, BLOCK_M)
-    h, start = program % H, program // H % blocks * BLOCK_M
-    b, head = (program // (H * blocks)).to(tl.int64), h.to(tl.int64)
-    i, c = start + tl.arange(0, BLOCK_M), tl.arange(0, C)
+    b, start, i, head, live = block_rows(S, H, G, TURNS, BLOCK_M)
+    group, c = (tl.program_id(0) % G).to(tl.int64), tl.arange(0, C)
     held = tl.minimum(i, S - 1)
-    q_tile = tl.load(q + b * q_b + head * q_h + held.to(tl.int64)[:, None] * q_s + c[None, :])
-    k_row = k + b * k_b + head // (H // G) * k_g + c[None, :]
-    v_row = v + b * v_b + head // (H // G) * v_g + c[None, :]
+    wide, line = held.to(tl.int64)[:, None], (b * H + head) * S + i
+    q_tile = tl.load(q + b * q_b + head[:, None] * q_h + wide * q_s + c[None, :])
+    k_row = k + b * k_b + group * k_g + c[None, :]
+    v_row = v + b * v_b + group * v_g + c[None, :]
     low_i = tl.load(low + b * S + held)
-    end = tl.minimum(start + BLOCK_M, S)
+    end = tl.minimum(start + BLOCK_M // TURNS, S)
     begin = tl.load(low + b * S + start) // BLOCK_N * BLOCK_N
-    slope = alibi_slope(h, H, ALIBI)
+    slope = alibi_slope(head, H, ALIBI)
     shift = slope * LOG2E * (i - start).to(tl.float32)
-    top = tl.load(sink + h).to(tl.float32) * LOG2E + shift
+    top = tl.load(sink + head).to(tl.float32) * LOG2E + shift
     total = tl.full((BLOCK_M,), 1.0, tl.float32)
     acc = tl.zeros((BLOCK_M, C), tl.float32)
     if SPLIT:
@@ -239,9 +239,9 @@ def _forward_kernel(
         *(tl.cdiv(end - begin - jump, BLOCK_N), before, jump, S, scale, slope),
         *(ALIBI, True, BLOCK_N),
     )
-    place = out + ((i.to(tl.int64)[:, None] * B + b) * H + head) * C + c[None, :]
-    tl.store(place, (acc / total[:, None]).to(out.dtype.element_ty), mask=(i < S)[:, None])
-    tl.store(lse + (b * H + head) * S + i, top + tl.log2(total) - shift, mask=i < S)
+    place = out + ((wide * B + b) * H + head[:, None]) * C + c[None, :]
+    tl.store(place, (acc / total[:, None]).to(out.dtype.element_ty), mask=live[:, None])
+    tl.store(lse + line, top + tl.log2(total) - shift, mask=live)
 
 
 @triton.jit
@@ -280,7 +280,7 @@ def _sweep(
         k_tile = tl.load(k_row + at.to(tl.int64) * k_s + inner[:, None] * k_s)
         s = tl.dot(q_tile, tl.trans(k_tile))
         if ALIBI:
-            s += (slope / scale * (j - start).to(tl.float32))[None, :]
+            s += (slope / scale)[:, None] * (j - start).to(tl.float32)[None, :]
         if MASKED:
             seen = (j[None, :] <= i[:, None]) & (j[None, :] >= low_i[:, None])
             s = tl.where(seen, s, float("-inf"))

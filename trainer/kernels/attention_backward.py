@@ -4,7 +4,7 @@ With p_ij = exp(s_ij - lse_i), lse_i the logarithm of the sum, sink included, dp
 delta_i = dout_i . out_i: ds_ij = p_ij (dp_ij - delta_i), dq_i = scale sum_j ds_ij k_j, dk_j = scale sum_i ds_ij q_i,
 dv_j = sum_i p_ij dout_i (arXiv 2205.14135, appendix B.2) and dsink_h = -sum_i exp(sink_h - lse_i) delta_i.
 
-A program of the first kernel walks keys as the forward pass does; it writes delta and its part of the sink's gradient.
+A program of the first kernel walks keys as the forward pass does; it writes delta and its part of the sinks' gradients.
 One of the second takes a block of keys of one key-value head and walks the queries of the group's heads that see it, up
 to `high` of its last key, in one loop, so that the pipeline does not run dry between heads: seven products a pair
 instead of five, but every sum in registers and in a fixed order, without atomics.
@@ -24,14 +24,14 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 class Launch(NamedTuple):
-    """Queries and keys of a tile, warps, stages of the pipeline.
+    """Rows and keys of a tile, warps, stages of the pipeline. A row is a query of one head.
 
     split: blocks that are seen whole are walked apart, without a mask. turned: the kernel of keys forms its scores as
     keys by queries, so that p and ds enter the next products from registers, and lse and delta lie along a warp's rows;
     else as queries by keys, turned in shared memory.
     """
 
-    queries: int
+    rows: int
     keys: int
     warps: int
     stages: int
@@ -55,14 +55,15 @@ def query_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(q_grad_SBHC, delta_BHS fp32, sink_grad_H); grad and out contiguous."""
     (S, B, H, C), G = q_SBHC.shape, k_SBGC.shape[2]
-    programs = triton.cdiv(S, launch.queries) * B
+    turns = triton.next_power_of_2(H // G)
+    programs = triton.cdiv(S, launch.rows // turns) * B
     q_grad, delta_BHS = torch.empty_like(grad_SBHC), torch.empty_like(lse_BHS)
     sink_PH = lse_BHS.new_empty(programs, H)
-    _query_kernel[(programs * H,)](
+    _query_kernel[(programs * G,)](
         *(grad_SBHC, q_SBHC, k_SBGC, v_SBGC, sink_H, low_BS, out_SBHC, lse_BHS),
         *(q_grad, delta_BHS, sink_PH),
         *(*q_SBHC.stride()[:3], *k_SBGC.stride()[:3], *v_SBGC.stride()[:3]),
-        *(S, B, float(scale), H, G, C, launch.queries, launch.keys, alibi, launch.split),
+        *(S, B, float(scale), H, G, C, turns, launch.rows, launch.keys, alibi, launch.split),
         num_warps=launch.warps,
         num_stages=launch.stages,
     )
@@ -96,7 +97,7 @@ def key_gradients(
             H,
             G,
             C,
-            launch.queries,
+            launch.rows,
             launch.keys,
             alibi,
             launch.split,
@@ -115,31 +116,47 @@ def alibi_slope(h, H: tl.constexpr, ALIBI: tl.constexpr):
 
 
 @triton.jit
+def block_rows(S, H: tl.constexpr, G: tl.constexpr, TURNS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(b, start, i, head, live) of the program's BLOCK_M rows: the positions from `start` on of row b, each for the
+    H / G heads of one group side by side. TURNS: H / G up to a power of two; live: rows that are a query.
+    """
+    program, blocks = tl.program_id(0), tl.cdiv(S, BLOCK_M // TURNS)
+    start = program // G % blocks * (BLOCK_M // TURNS)
+    m = tl.arange(0, BLOCK_M)
+    i, turn = start + m // TURNS, m % TURNS
+    head = program % G * (H // G) + tl.minimum(turn, H // G - 1)
+    b = (program // (G * blocks)).to(tl.int64)
+    return b, start, i, head.to(tl.int64), (i < S) & (turn < H // G)
+
+
+@triton.jit
 def _query_kernel(
     grad, q, k, v, sink, low, out, lse, q_grad, delta, sink_grad, q_s, q_b, q_h, k_s, k_b, k_g,
     v_s, v_b, v_g, S, B, scale, H: tl.constexpr, G: tl.constexpr, C: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIBI: tl.constexpr, SPLIT: tl.constexpr,
+    TURNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIBI: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
-    program, blocks = tl.program_id(0), tl.cdiv(S, BLOCK_M)
-    h, start = program % H, program // H % blocks * BLOCK_M
-    b, head = (program // (H * blocks)).to(tl.int64), h.to(tl.int64)
-    i, c = start + tl.arange(0, BLOCK_M), tl.arange(0, C)
+    b, start, i, head, live = block_rows(S, H, G, TURNS, BLOCK_M)
+    group, c = (tl.program_id(0) % G).to(tl.int64), tl.arange(0, C)
     held = tl.minimum(i, S - 1)
-    place = ((held.to(tl.int64)[:, None] * B + b) * H + head) * C + c[None, :]
-    line = (b * H + head) * S
-    q_tile = tl.load(q + b * q_b + head * q_h + held.to(tl.int64)[:, None] * q_s + c[None, :])
+    wide, line = held.to(tl.int64)[:, None], (b * H + head) * S + held
+    place = ((wide * B + b) * H + head[:, None]) * C + c[None, :]
+    q_tile = tl.load(q + b * q_b + head[:, None] * q_h + wide * q_s + c[None, :])
     grad_tile = tl.load(grad + place)
     delta_i = tl.sum(grad_tile.to(tl.float32) * tl.load(out + place).to(tl.float32), 1)
-    tl.store(delta + line + i, delta_i, mask=i < S)
-    lse_i = tl.load(lse + line + held)
-    share = tl.exp2(tl.load(sink + h).to(tl.float32) * LOG2E - lse_i)
-    tl.store(sink_grad + program, -tl.sum(tl.where(i < S, share * delta_i, 0.0), 0))
-    k_row = k + b * k_b + head // (H // G) * k_g + c[None, :]
-    v_row = v + b * v_b + head // (H // G) * v_g + c[None, :]
+    tl.store(delta + line, delta_i, mask=live)
+    lse_i = tl.load(lse + line)
+    share = tl.exp2(tl.load(sink + head).to(tl.float32) * LOG2E - lse_i)
+    sinks = tl.reshape(tl.where(live, share * delta_i, 0.0), (BLOCK_M // TURNS, TURNS))
+    turn = tl.arange(0, TURNS)
+    to = sink_grad + (tl.program_id(0) // G * H + tl.program_id(0) % G * (H // G)) + turn
+    tl.store(to, -tl.sum(sinks, 0), mask=turn < H // G)
+    k_row = k + b * k_b + group * k_g + c[None, :]
+    v_row = v + b * v_b + group * v_g + c[None, :]
     low_i = tl.load(low + b * S + held)
-    end = tl.minimum(start + BLOCK_M, S)
+    end = tl.minimum(start + BLOCK_M // TURNS, S)
     begin = tl.load(low + b * S + start) // BLOCK_N * BLOCK_N
-    slope = alibi_slope(h, H, ALIBI)
+    slope = alibi_slope(head, H, ALIBI)
     lse_i += slope * LOG2E * (i - start).to(tl.float32)
     acc = tl.zeros((BLOCK_M, C), tl.float32)
     if SPLIT:
@@ -157,7 +174,7 @@ def _query_kernel(
         *(tl.cdiv(end - begin - jump, BLOCK_N), before, jump, S, scale, slope),
         *(ALIBI, True, BLOCK_N),
     )
-    tl.store(q_grad + place, (acc * scale).to(q_grad.dtype.element_ty), mask=(i < S)[:, None])
+    tl.store(q_grad + place, (acc * scale).to(q_grad.dtype.element_ty), mask=live[:, None])
 
 
 @triton.jit
@@ -199,7 +216,7 @@ def _sweep_keys(
         s = tl.dot(q_tile, tl.trans(k_tile))
         dp = tl.dot(grad_tile, tl.trans(v_tile))
         if ALIBI:
-            s += (slope / scale * (j - start).to(tl.float32))[None, :]
+            s += (slope / scale)[:, None] * (j - start).to(tl.float32)[None, :]
         p = tl.exp2(s * (scale * LOG2E) - lse_i[:, None])
         if MASKED:
             p = tl.where((j[None, :] <= i[:, None]) & (j[None, :] >= low_i[:, None]), p, 0.0)

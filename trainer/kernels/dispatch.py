@@ -11,6 +11,7 @@ Shapes: T tokens, K slots of each, N = T K slots, E experts, D hidden size, L ti
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -214,19 +215,20 @@ def tile_rows(tile_start, ends, tile, expert, BLOCK_M: tl.constexpr):
 def sum_slots(
     y_ND: torch.Tensor,
     place_TK: torch.Tensor,
-    base_TD: torch.Tensor | None,
+    bases_TD: Sequence[torch.Tensor] = (),
     config: SumConfig = SUM,
 ) -> torch.Tensor:
-    """[T, D] of y's dtype: base + the sum over each token's slots, in fp32 in the order of k, rounded once.
+    """[T, D] of y's dtype: the sum over each token's slots and of bases, in fp32 in the order of k, rounded once.
 
-    y_ND: rows in the order of slots; place_TK int32: see Slots; base_TD: [T, D] of y's dtype. No gradient of its own.
+    y_ND: rows in the order of slots; place_TK int32: see Slots; bases: at most two [T, D] of y's dtype. No gradient of
+    its own.
     """
     (tokens, K), D = place_TK.shape, y_ND.shape[1]
-    out_TD = y_ND.new_empty(tokens, D)
+    out_TD, bases = y_ND.new_empty(tokens, D), [base.contiguous() for base in bases_TD]
     if tokens:
         _sum_kernel[(triton.cdiv(tokens, config.tokens),)](
-            *(y_ND, place_TK, y_ND if base_TD is None else base_TD.contiguous(), out_TD, tokens),
-            *(base_TD is not None, D, triton.next_power_of_2(D), K, config.tokens),
+            *(y_ND, place_TK, *(bases + [y_ND] * 2)[:2], out_TD, tokens),
+            *(len(bases), D, triton.next_power_of_2(D), K, config.tokens),
             num_warps=config.warps,
         )
     return out_TD
@@ -237,9 +239,10 @@ def _sum_kernel(
     y,
     place,
     base,
+    other,
     out,
     tokens,
-    HAS_BASE: tl.constexpr,
+    BASES: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     K: tl.constexpr,
@@ -253,6 +256,8 @@ def _sum_kernel(
         row = tl.load(place + t * K + k, mask=t < tokens, other=0).to(tl.int64)
         total += tl.load(y + row[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
     own = t.to(tl.int64)[:, None] * D + d[None, :]
-    if HAS_BASE:
+    if BASES > 0:
         total += tl.load(base + own, mask=inside, other=0.0).to(tl.float32)
+    if BASES > 1:
+        total += tl.load(other + own, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + own, total.to(out.dtype.element_ty), mask=inside)

@@ -1,10 +1,10 @@
 """Routed experts, forward and backward, as Triton kernels that gather rows by themselves: bf16 products, fp32 sums.
 
-    out_t = base_t + sum_k gate_tk (W2_e relu(W1_e x_t + b1_e)^2 + b2_e),  e the expert of slot k
+    out_t = bases_t + sum_k gate_tk (W2_e relu(W1_e x_t + b1_e)^2 + b2_e),  e the expert of slot k
 
 Forward, at T = 32768, K = 4, D = 1024, F = 128: `up` reads the rows of x by index (268 MB, of which 67 MB are
 different) and writes z = W1 x + b1 (34 MB), `down` forms gate * relu(z)^2 while it loads z and writes y_ND (268 MB),
-`sum_slots` adds a token's slots and the base. Only z is kept for the backward pass (experts_backward.py): neither
+`sum_slots` adds a token's slots and the bases. Only z is kept for the backward pass (experts_backward.py): neither
 gathered rows nor relu(z)^2. The gate enters as gate * relu(z)^2, multiplied in fp32 and rounded once, and times b2 in
 fp32. Every sum has a fixed order and there are no atomics: two runs give the same bits. Nothing waits for the device.
 
@@ -53,22 +53,23 @@ def fused_experts(
     x_TD: torch.Tensor,
     gates_TK: torch.Tensor,
     slots: Slots,
-    base_TD: torch.Tensor | None,
+    bases_TD: Sequence[torch.Tensor],
     fc1_EFD: torch.Tensor,
     bias1_EF: torch.Tensor,
     fc2_EDF: torch.Tensor,
     bias2_ED: torch.Tensor,
     sums: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """[T, D] bf16: see the top of this file; with gradients of x, gates, base and the four weights.
+    """[T, D] bf16: see the top of this file; with gradients of x, gates, bases and the four weights.
 
-    x, base and weights bf16, gates fp32. T may be 0: the weights' gradients are then zeros. D a multiple of 16, F a
-    power of two in 16 .. 256. sums: contiguous fp32 tensors of the weights' shapes to which the backward pass adds
-    their gradients, unrounded; the weights themselves then get none. ConfigError: another shape or dtype.
+    bases: none, one or two [T, D], bf16 as x and the weights are; gates fp32. T may be 0: the weights' gradients are
+    then zeros. D a multiple of 16, F a power of two in 16 .. 256. sums: contiguous fp32 tensors of the weights' shapes
+    to which the backward pass adds their gradients, unrounded; the weights themselves then get none. ConfigError:
+    another shape or dtype.
     """
     _check(x_TD, gates_TK, fc1_EFD, bias1_EF, fc2_EDF, bias2_ED)
     weights = (fc1_EFD, bias1_EF, fc2_EDF, bias2_ED)
-    return _FusedExperts.apply(x_TD, gates_TK, base_TD, *weights, sums, *slots)
+    return _FusedExperts.apply(x_TD, gates_TK, len(bases_TD), *bases_TD, *weights, sums, *slots)
 
 
 def _check(x_TD: torch.Tensor, gates_TK: torch.Tensor, *weights: torch.Tensor) -> None:
@@ -98,23 +99,19 @@ class _FusedExperts(torch.autograd.Function):
         ctx: Any,
         x_TD: torch.Tensor,
         gates_TK: torch.Tensor,
-        base_TD: torch.Tensor | None,
-        fc1_EFD: torch.Tensor,
-        bias1_EF: torch.Tensor,
-        fc2_EDF: torch.Tensor,
-        bias2_ED: torch.Tensor,
-        sums: Sequence[torch.Tensor] | None,
-        *slots: torch.Tensor,
+        num_bases: int,
+        *rest: Any,
     ) -> torch.Tensor:
+        bases_TD, weights = rest[:num_bases], [w.contiguous() for w in rest[num_bases:][:4]]
+        sums, *slots = rest[num_bases + 4 :]
         x_TD, gates_TK, of = x_TD.contiguous(), gates_TK.contiguous(), Slots(*slots)
-        weights = [w.contiguous() for w in (fc1_EFD, bias1_EF, fc2_EDF, bias2_ED)]
-        ctx.base, ctx.tiles, ctx.sums = base_TD is not None, {}, sums
+        ctx.num_bases, ctx.tiles, ctx.sums = num_bases, {}, sums
         if x_TD.shape[0] == 0:
             z_NF, out_TD = None, torch.zeros_like(x_TD)
         else:
             z_NF = up(x_TD, of, *weights[:2], known=ctx.tiles)
             y_ND = down(z_NF, gates_TK, of, *weights[2:], known=ctx.tiles)
-            out_TD = sum_slots(y_ND, of.place_TK, base_TD)
+            out_TD = sum_slots(y_ND, of.place_TK, bases_TD)
         ctx.save_for_backward(x_TD, gates_TK, z_NF, *weights, *slots)
         return out_TD
 
@@ -132,9 +129,9 @@ class _FusedExperts(torch.autograd.Function):
                 add=ctx.sums is not None,
                 known=ctx.tiles,
             )
-        base_grad = grad_TD if ctx.base else None
+        base_grads = [grad_TD] * ctx.num_bases
         weight_grads = sums if ctx.sums is None else [None] * 4
-        return (x_grad, gates_grad, base_grad, *weight_grads, None, *[None] * len(slots))
+        return (x_grad, gates_grad, None, *base_grads, *weight_grads, None, *[None] * len(slots))
 
 
 def up(

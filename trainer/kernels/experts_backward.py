@@ -87,7 +87,7 @@ def gradients(
     gates_grad, dz_NF, h_NF, side_NC = inner(
         g_TD, gates_TK, z_NF, slots, fc2_EDF, bias2_ED, known=known
     )
-    x_grad = sum_slots(rows(dz_NF, slots, fc1_EFD, known=known), slots.place_TK, None)
+    x_grad = sum_slots(rows(dz_NF, slots, fc1_EFD, known=known), slots.place_TK)
     outer(dz_NF, x_TD, side_NC, slots, *sums[:2], gated=False, add=add)
     outer(h_NF, g_TD, side_NC, slots, *sums[2:], gated=True, add=add)
     return x_grad, gates_grad

@@ -5,7 +5,8 @@ expert that every token visits (or the dense MLP). `before` and `after` compute 
 all layers of a kind, with gradients written out (`before_gradients`, `after_gradients`). Why written out: autograd adds
 up the gradients of a tensor with two readers by a kernel of its own, three times the tensor's bytes (46 us each for the
 hidden states and for what the router and the experts read, of 32,768 tokens on an H200). So such a tensor is given out
-once for each reader, and the sum is made inside the kernel of the norm's gradient, in fp32.
+once for each reader, and the sum is made inside the kernel of the norm's gradient, in fp32. Likewise residual and
+shared expert leave apart: the kernel that sums over experts adds both.
 
 Kept for the backward pass: the layer's input, attention's output, the residual, its norm (which the experts keep too)
 and the inner states before their activation.
@@ -44,17 +45,17 @@ def before_attention(
 def after_attention(
     hidden_TD: torch.Tensor, out_TA: torch.Tensor, weights: tuple[torch.Tensor, ...], eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(base, x, residual, inner): the layer's output but for its routed experts, what these take, and what is kept.
+    """(residual, shared, x, inner): the layer's output is the sum of the first two and of what the routed experts make
+    of x; inner [T, W] is the states before relu^2.
 
-    weights: proj [D, A], proj_bias, norm, fc1 [W, D], fc1_bias, fc2 [D, W], fc2_bias. Any leading axes. inner [T, W] is
-    before relu^2.
+    weights: proj [D, A], proj_bias, norm, fc1 [W, D], fc1_bias, fc2 [D, W], fc2_bias. Any leading axes.
     """
     proj, proj_bias, norm, fc1, fc1_bias, fc2, fc2_bias = weights
     residual_TD = hidden_TD + _linear(out_TA, proj, proj_bias)
     x_TD = rms_norm(residual_TD, norm, eps).to(hidden_TD.dtype)
     inner_TW = _linear(x_TD, fc1, fc1_bias)
-    base_TD = residual_TD + _linear(torch.relu(inner_TW).square(), fc2, fc2_bias)
-    return base_TD, x_TD, residual_TD, inner_TW
+    shared_TD = _linear(torch.relu(inner_TW).square(), fc2, fc2_bias)
+    return residual_TD, shared_TD, x_TD, inner_TW
 
 
 def before_gradients(
@@ -79,7 +80,8 @@ def before_gradients(
 
 
 def after_gradients(
-    base_grad_TD: torch.Tensor,
+    residual_grad_TD: torch.Tensor,
+    shared_grad_TD: torch.Tensor,
     x_grads: tuple[torch.Tensor, ...],
     kept: tuple[torch.Tensor, ...],
     weights: tuple[torch.Tensor, ...],
@@ -89,10 +91,10 @@ def after_gradients(
     out_TA, x_TD, residual_TD, inner_TW = kept
     proj, _, norm, fc1, _, fc2, _ = weights
     positive_TW = torch.relu(inner_TW)
-    inner_grad_TW = (base_grad_TD @ fc2) * positive_TW * 2
+    inner_grad_TW = (shared_grad_TD @ fc2) * positive_TW * 2
     grads = [*x_grads, inner_grad_TW @ fc1]
     residual_grad, norm_grad = _norm_gradients(residual_TD, norm, grads, eps)
-    residual_grad = (residual_grad + base_grad_TD).to(residual_TD.dtype)
+    residual_grad = (residual_grad + residual_grad_TD).to(residual_TD.dtype)
     return (
         residual_grad,
         residual_grad @ proj,
@@ -101,8 +103,8 @@ def after_gradients(
         norm_grad,
         inner_grad_TW.t() @ x_TD,
         _sum(inner_grad_TW),
-        base_grad_TD.t() @ positive_TW.square(),
-        _sum(base_grad_TD),
+        shared_grad_TD.t() @ positive_TW.square(),
+        _sum(shared_grad_TD),
     )
 
 
@@ -149,8 +151,8 @@ def before(
 
 def after(
     hidden_TD: torch.Tensor, out_TA: torch.Tensor, weights: tuple[torch.Tensor, ...], eps: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(base, x, x once more): `after_attention` compiled, x for two readers; tokens in one axis."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(residual, shared, x, x once more): `after_attention` compiled, x for two readers; tokens in one axis."""
     return _After.apply(hidden_TD, out_TA, eps, *weights)
 
 
@@ -184,20 +186,23 @@ class _After(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_TD: torch.Tensor, out_TA: torch.Tensor, eps: float, *weights: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        base_TD, x_TD, residual_TD, inner_TW = compiled(after_attention)(
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        residual_TD, shared_TD, x_TD, inner_TW = compiled(after_attention)(
             hidden_TD, out_TA, weights, eps
         )
         ctx.save_for_backward(out_TA, x_TD, residual_TD, inner_TW, *weights)
         ctx.eps = eps
-        return base_TD, x_TD, x_TD.detach()
+        return residual_TD, shared_TD, x_TD, x_TD.detach()
 
     @staticmethod
     def backward(
-        ctx: Any, base_grad_TD: torch.Tensor, *x_grads: torch.Tensor
+        ctx: Any,
+        residual_grad_TD: torch.Tensor,
+        shared_grad_TD: torch.Tensor,
+        *x_grads: torch.Tensor,
     ) -> tuple[torch.Tensor | None, ...]:
         kept, weights = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
         hidden_grad, out_grad, *grads = compiled(after_gradients)(
-            base_grad_TD, x_grads, kept, weights, ctx.eps
+            residual_grad_TD, shared_grad_TD, x_grads, kept, weights, ctx.eps
         )
         return hidden_grad, out_grad, None, *grads

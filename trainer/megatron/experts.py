@@ -61,19 +61,18 @@ class RoutedExperts(MegatronModule):
         x_TD: torch.Tensor,
         gates_TK: torch.Tensor,
         slots: Slots,
-        base_TD: torch.Tensor | None,
+        *bases_TD: torch.Tensor,
     ) -> torch.Tensor:
-        """base (nothing for None) + the gated outputs of every token's slots, [T, D]; slots: of `sort`."""
+        """The sum of bases, at most two, and of the gated outputs of every token's slots, [T, D]; slots: of `sort`."""
         parameters = (self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
         if self.compute == "triton":
             from trainer.kernels.experts import fused_experts
 
-            return fused_experts(x_TD, gates_TK, slots, base_TD, *parameters, _sums(parameters))
+            return fused_experts(x_TD, gates_TK, slots, bases_TD, *parameters, _sums(parameters))
         y_ND = _loop(
             gather_rows(x_TD, slots), slots.rows_E, gather_gates(gates_TK, slots), *parameters
         )
-        out_TD = sum_slots(y_ND, slots)
-        return out_TD if base_TD is None else base_TD + out_TD
+        return sum(bases_TD, start=sum_slots(y_ND, slots))
 
     def sort(self, experts_TK: torch.Tensor, num_experts: int) -> Slots:
         """Where each slot of each token goes, as `forward` and `gather_rows` take it."""

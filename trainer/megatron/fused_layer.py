@@ -63,11 +63,12 @@ class LayerShape(NamedTuple):
 
 
 class Halfway(NamedTuple):
-    """base_SBD: the layer's output but for its routed experts. x_SBD, router_x_SBD: what these and their router take,
-    of the same values. value_SBGC: v_1, of layer 1.
+    """The layer's output is residual_SBD + shared_SBD + what the routed experts make of x_SBD. router_x_SBD: x for
+    their router. value_SBGC: v_1, of layer 1.
     """
 
-    base_SBD: torch.Tensor
+    residual_SBD: torch.Tensor
+    shared_SBD: torch.Tensor
     x_SBD: torch.Tensor
     router_x_SBD: torch.Tensor
     value_SBGC: torch.Tensor | None
@@ -102,8 +103,10 @@ def attention_half(
         scale=shape.scale,
     )
     out_SBX = out_BHSC.permute(2, 0, 1, 3).flatten(2)
-    base_SBD, x_SBD, *_ = after_attention(hidden_SBD, out_SBX, after_weights(weights), shape.eps)
-    return Halfway(base_SBD, x_SBD, x_SBD, first)
+    residual_SBD, shared_SBD, x_SBD, _ = after_attention(
+        hidden_SBD, out_SBX, after_weights(weights), shape.eps
+    )
+    return Halfway(residual_SBD, shared_SBD, x_SBD, x_SBD, first)
 
 
 def fused_half(
@@ -261,7 +264,7 @@ class CompiledLayer(ValueResidualLayer):
         if not is_plain(rows):
             return super().forward(hidden_states, *arguments, **keywords)
         dense = self.self_attention.core_attention.backend == "dense"
-        base_SBD, x_SBD, router_x_SBD, value_SBGC = (attention_half if dense else fused_half)(
+        half = (attention_half if dense else fused_half)(
             hidden_states,
             context,
             keywords["rotary_pos_emb"],
@@ -269,9 +272,18 @@ class CompiledLayer(ValueResidualLayer):
             rows,
             shape=self._kind,
         )
-        if isinstance(self.mlp, StudentMoE):
-            base_SBD = self.mlp.routed(x_SBD, keywords.get("padding_mask"), base_SBD, router_x_SBD)
-        return base_SBD, context if value_SBGC is None else value_SBGC
+        out_SBD = (
+            self.mlp.routed(
+                half.x_SBD,
+                keywords.get("padding_mask"),
+                half.shared_SBD,
+                residual_SBD=half.residual_SBD,
+                router_x_SBD=half.router_x_SBD,
+            )
+            if isinstance(self.mlp, StudentMoE)
+            else half.residual_SBD + half.shared_SBD
+        )
+        return out_SBD, context if half.value_SBGC is None else half.value_SBGC
 
     @functools.cached_property
     def _kind(self) -> LayerShape:

@@ -63,26 +63,32 @@ class StudentMoE(MegatronModule):
         self,
         x_SBD: torch.Tensor,
         padding_mask: torch.Tensor | None,
-        base_SBD: torch.Tensor,
+        shared_SBD: torch.Tensor,
+        *,
+        residual_SBD: torch.Tensor | None = None,
         router_x_SBD: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """base + what the routed experts make of x, [S, B, D]. router_x: x for the router, where it is given twice."""
+        """shared + residual, if there is one, + what the routed experts make of x, [S, B, D].
+
+        router_x: x for the router, where it is given once for each reader.
+        """
         padding_SB = None if padding_mask is None else padding_mask.t()
         gates_TK, experts_TK = self.router(
             x_SBD if router_x_SBD is None else router_x_SBD, padding_SB
         )
-        x_TD, base_TD = x_SBD.flatten(0, 1), base_SBD.flatten(0, 1)
+        x_TD = x_SBD.flatten(0, 1)
+        bases = [t.flatten(0, 1) for t in (shared_SBD, residual_SBD) if t is not None]
         if self.ep_group.size() == 1:
             slots = self.experts.sort(experts_TK, self.config.num_moe_experts)
-            out_TD = self.experts(x_TD, gates_TK, slots, base_TD)
+            out_TD = self.experts(x_TD, gates_TK, slots, *bases)
         else:
-            out_TD = base_TD + self._on_their_ranks(x_TD, gates_TK, experts_TK)
-        return out_TD.view_as(base_SBD)
+            out_TD = sum(bases, start=self._on_their_ranks(x_TD, gates_TK, experts_TK))
+        return out_TD.view_as(shared_SBD)
 
     def _on_their_ranks(
         self, x_TD: torch.Tensor, gates_TK: torch.Tensor, experts_TK: torch.Tensor
     ) -> torch.Tensor:
-        """The same without base: this rank's rows, sorted by expert, are computed where the experts are."""
+        """What the routed experts add: this rank's rows, sorted by expert, are computed where the experts are."""
         group = self.ep_group
         slots = self.experts.sort(experts_TK, self.config.num_moe_experts)
         x_ND, gate_N = gather_rows(x_TD, slots), gather_gates(gates_TK, slots)
@@ -97,5 +103,5 @@ class StudentMoE(MegatronModule):
             received_RL.flatten(), output_size=sum(received)
         )
         here = self.experts.sort(expert_M.unsqueeze(1), len(local_L))
-        y_MD = self.experts(x_MD, gate_M.unsqueeze(1), here, None)
+        y_MD = self.experts(x_MD, gate_M.unsqueeze(1), here)
         return sum_slots(all_to_all(group, y_MD, sent, received), slots)

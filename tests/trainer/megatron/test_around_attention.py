@@ -51,18 +51,19 @@ def test_after_attention_with_two_readers_of_x() -> None:
     make = torch.Generator().manual_seed(3)
     hidden, out, weights = _draw(make, T, D), _draw(make, T, A), _weights(make)
     got = after(hidden, out, weights, EPS)
-    base, x, *_ = after_attention(hidden, out, weights, EPS)
-    grads = tuple(_draw(make, T, D).detach() for _ in range(3))
-    _compare(got, (base, x, x), [hidden, out, *weights], grads)
+    residual, shared, x, _ = after_attention(hidden, out, weights, EPS)
+    grads = tuple(_draw(make, T, D).detach() for _ in range(4))
+    _compare(got, (residual, shared, x, x), [hidden, out, *weights], grads)
 
 
 def test_a_layer_without_experts_reads_no_x() -> None:
     make = torch.Generator().manual_seed(4)
     hidden, out, weights = _draw(make, T, D), _draw(make, T, A), _weights(make)
     grad = _draw(make, T, D).detach()
-    got = torch.autograd.grad(after(hidden, out, weights, EPS)[0], [hidden, *weights], grad)
-    plain = after_attention(hidden, out, weights, EPS)[0]
-    for one, other in zip(got, torch.autograd.grad(plain, [hidden, *weights], grad), strict=True):
+    got, want = (of(hidden, out, weights, EPS) for of in (after, after_attention))
+    leaves = [hidden, out, *weights]
+    of_got, of_want = (torch.autograd.grad(o[0] + o[1], leaves, grad) for o in (got, want))
+    for one, other in zip(of_got, of_want, strict=True):
         torch.testing.assert_close(one, other)
 
 
@@ -70,7 +71,7 @@ def test_gradients_in_bf16_are_rounded_once_where_they_leave() -> None:
     """Sums over tokens and of readers are made in fp32: as near to fp64 as bf16 products allow."""
     make = torch.Generator().manual_seed(5)
     wide = [_draw(make, 300, D), _draw(make, 300, A), *_weights(make)]
-    grads = [torch.randn(300, D, generator=make).bfloat16() for _ in range(3)]
+    grads = [torch.randn(300, D, generator=make).bfloat16() for _ in range(4)]
     narrow = [t.detach().bfloat16().requires_grad_() for t in wide]
     exact = [t.detach().double().requires_grad_() for t in narrow]
     of = {}

@@ -164,7 +164,7 @@ def _no_rows(experts) -> list[float]:
     """Largest gradients of the experts of a rank to which no token was sent."""
     x_TD = torch.zeros(0, D, dtype=torch.float64, requires_grad=True)
     slots = experts.sort(torch.zeros(0, 1, dtype=torch.int64), E)
-    out = experts(x_TD, torch.zeros(0, 1), slots, None)
+    out = experts(x_TD, torch.zeros(0, 1), slots)
     assert out.shape == x_TD.shape
     grads = torch.autograd.grad(out.sum(), list(experts.parameters()))
     return [float(grad.abs().max()) for grad in grads]
