@@ -1,6 +1,7 @@
 """One training step of a student on this machine's devices: memory by part, time by phase, tokens/s, MFU, kernels.
 
     python -m benchmarks.student_step configs/base.yaml --steps 20
+    python -m benchmarks.student_step configs/base.yaml --rows 64        steps on 64 rows of each batch too
     torchrun --nproc-per-node 2 -m benchmarks.student_step configs/base.yaml parallel.expert=2 --steps 20
 
 Builds the run as `vpmoe-train kd` does (same data, student, optimizer, step; no checkpoint) and takes real steps.
@@ -35,6 +36,11 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=4, help="steps left out of the medians")
     parser.add_argument("--name", default="", help="of the result file; not written without one")
     parser.add_argument(
+        "--rows",
+        type=int,
+        help="then as many steps on so many rows of each batch, as of one of several GPUs",
+    )
+    parser.add_argument(
         "--kernels", action="store_true", help="profile one more step, launched one by one"
     )
     parser.add_argument("--chart", type=Path, help="PNG of where the time goes; needs --kernels")
@@ -43,7 +49,9 @@ def main() -> None:
     if arguments.kernels and config.cuda_graph:
         # The profiler of torch 2.11 ends with a segmentation fault on graphs of ten thousand kernels (seen).
         parser.error("--kernels needs cuda_graph=false")
-    figures, rank = measure(config, arguments.steps, arguments.warm_up, kernels=arguments.kernels)
+    figures, rank = measure(
+        config, arguments.steps, arguments.warm_up, rows=arguments.rows, kernels=arguments.kernels
+    )
     if rank:
         return
     report = {"what": (__doc__ or "").splitlines()[0]}
@@ -57,7 +65,7 @@ def main() -> None:
 
 
 def measure(
-    config: KDConfig, steps: int, warm_up: int, *, kernels: bool
+    config: KDConfig, steps: int, warm_up: int, *, rows: int | None = None, kernels: bool
 ) -> tuple[dict[str, Any], int]:
     """The figures, and this process's rank."""
     from trainer.kd import KDRun
@@ -73,9 +81,13 @@ def measure(
             "config": {key: config.resolved()[key] for key in ("batch", "recompute", "precision")},
             "seq_len": run.seq_len,
             "loss": [record["loss/total"] for record in records],
+            "router": {k: v for k, v in records[-1].items() if k.startswith("router/")},
             "timing": timing(config, run.seq_len, records[warm_up:], topology),
             "memory_gib": memory_by_part(run.trainer, topology.device),
         }
+        if rows is not None:
+            some = take_steps(run, steps, rows)[warm_up:]
+            figures["timing_of_rows"] = timing(config, run.seq_len, some, topology, rows)
         if topology.rank == 0:
             print(figures["timing"], figures["memory_gib"], flush=True)
         if kernels:
@@ -94,19 +106,20 @@ def draw_step(figures: dict[str, Any], path: Path) -> None:
     draw_bar({"phases": phases, "kernels": figures["classes_ms"]}, path, title)
 
 
-def take_steps(run: Any, steps: int) -> list[dict[str, float]]:
-    """Real steps; the values of each."""
+def take_steps(run: Any, steps: int, rows: int | None = None) -> list[dict[str, float]]:
+    """Real steps, each on its whole batch or on its first rows; the values of each."""
     import time
 
     from trainer.megatron.step import Clock
     from trainer.schedule import learning_rate
 
-    loader = run.feed(None)
+    loader, batch = run.feed(None), run.config.batch
+    used = None if rows is None else rows // (batch.micro_batch_size * run.topology.dp_size)
     records = []
     for step in range(steps):
         clock, began = Clock(run.topology.device), time.perf_counter()
         clock.mark("data")
-        report = run.trainer.step(loader.next(), learning_rate(run.config, step), clock)
+        report = run.trainer.step(loader.next()[:used], learning_rate(run.config, step), clock)
         loader.finished()
         seconds = time.perf_counter() - began
         phases = {f"seconds/{phase}": value for phase, value in report.seconds.items()}
@@ -120,7 +133,11 @@ def take_steps(run: Any, steps: int) -> list[dict[str, float]]:
 
 
 def timing(
-    config: KDConfig, seq_len: int, records: list[dict[str, float]], topology: Any
+    config: KDConfig,
+    seq_len: int,
+    records: list[dict[str, float]],
+    topology: Any,
+    rows: int | None = None,
 ) -> dict[str, Any]:
     """Medians over the steps."""
     from trainer.flops import flops_per_token, mfu, peak_bf16_flops
@@ -130,7 +147,7 @@ def timing(
         for key in records[0]
         if key.startswith("seconds/")
     }
-    tokens = config.batch.global_batch_size * seq_len
+    tokens = (rows or config.batch.global_batch_size) * seq_len
     tokens_per_sec = tokens / median["step"]
     of_device = tokens_per_sec / topology.world_size
     flops, peak = (

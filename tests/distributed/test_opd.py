@@ -133,9 +133,9 @@ def test_rows_of_the_anchor_are_their_share(folder: Path, whole: Path) -> None:
         assert of_step["buffer/rows"] == buffer.counts(shard).rows
         assert of_step["buffer/anchor_rows"] == anchors - before
         for_anchor = sum(
-            of_step[f"loss/positions/{span}"] - of_step[f"loss/sampled/{span}"]
+            of_step[f"loss/positions/{span}"] - of_step.get(f"loss/sampled/{span}", 0.0)
             for span in ("reasoning", "final")
-        )
+        )  # a step's rollouts may end before their final span: then nothing is told of it
         assert for_anchor == trained * (anchors - before)
     assert anchors > STEPS
 
