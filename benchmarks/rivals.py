@@ -259,17 +259,19 @@ def main() -> None:
     report = header(packages, device=arguments.device) | {
         "layers": LAYERS,
         "settings": settings,
-        "by_tokens": compare(names, settings, arguments.device),
     }
-    write_json(arguments.out, report)
+    compare(names, settings, arguments.device, report, arguments.out)
 
 
-def compare(names: list[str], settings: dict[str, Any], device: Any) -> dict[str, Any]:
-    """Every way at every number of tokens; a way is built once."""
+def compare(
+    names: list[str], settings: dict[str, Any], device: Any, report: dict[str, Any], out: Path
+) -> None:
+    """Every way at every number of tokens, written after each; a way is built once."""
     from trainer.config import ParallelConfig
     from trainer.megatron.topology import distributed
 
     results: dict[str, Any] = {str(tokens): {} for tokens in settings["tokens"]}
+    report["by_tokens"] = results
     with distributed(device, ParallelConfig(), seed=1):
         for name in names:
             made = _told(lambda name=name: WAYS[name](settings["sizes"], device))
@@ -279,11 +281,11 @@ def compare(names: list[str], settings: dict[str, Any], device: Any) -> dict[str
                     found = _told(lambda made=made, tokens=tokens: measure(made, tokens, settings))
                 results[str(tokens)][name] = found
                 print(_line(tokens, name, found), flush=True)
+            write_json(out, report)
             del made, found
             gc.collect()
             if device == "cuda":
                 torch.cuda.empty_cache()
-    return results
 
 
 def _told(work: Callable[[], Any]) -> Any:

@@ -45,7 +45,7 @@ def ours(sizes: dict[str, Any], device: str, *, layers: int, recorded: bool) -> 
         keywords = {"rotary_pos_emb": rotation, "padding_mask": document < 0}
         keywords["packed_seq_params"] = PackedRows(document_BS=document)
         if recorded and x_SBD.shape not in graphs:
-            for parameter in parameters:
+            for parameter in block.parameters():
                 parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
             graphs.clear()  # one recording's memory at a time
             block.forward = plain

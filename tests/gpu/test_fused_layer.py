@@ -100,13 +100,21 @@ def run(inputs, dtype: torch.dtype, half) -> dict[str, torch.Tensor]:
 
 
 def errors(local: bool, first: bool, **sizes: int) -> dict[str, float]:
-    """Relative distance in norm of every output and gradient."""
+    """Relative distance in norm of every output and gradient.
+
+    The gradient of the value residual's logit is one number, a sum over tokens and channels that may cancel to any
+    size: the plain layer in bf16 misses it by 0.4 to 5 % over six seeds. Its distance is over the norm of the gradient
+    of v_1, whose entries are what is summed.
+    """
     from trainer.megatron.fused_layer import attention_half, fused_half
 
     inputs = make_inputs(local, first, **sizes)
     want = run(inputs, torch.float64, attention_half)
     got = run(inputs, torch.bfloat16, fused_half)
-    return {n: float((got[n].double() - w).norm() / w.norm()) for n, w in want.items()}
+    scale = {n: float(w.norm()) for n, w in want.items()}
+    if "grad value" in scale:
+        scale["grad value_residual"] = scale["grad value"]
+    return {n: float((got[n].double() - w).norm()) / scale[n] for n, w in want.items()}
 
 
 @pytest.mark.parametrize(("local", "first"), [(True, True), (True, False), (False, False)])
