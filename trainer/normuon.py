@@ -128,9 +128,9 @@ def update_pieces(
     weights = [piece.weight for piece in pieces]
     torch._foreach_mul_(weights, 1 - lr * weight_decay)
     torch._foreach_sub_(weights, parts)
-    copied = [piece for piece in pieces if piece.copy is not None]
-    if copied:
-        torch._foreach_copy_([of.copy for of in copied], [of.weight for of in copied])
+    copies = [piece.copy for piece in pieces if piece.copy is not None]
+    if copies:
+        torch._foreach_copy_(copies, [p.weight for p in pieces if p.copy is not None])
 
 
 def row_factors(
