@@ -8,12 +8,14 @@ from typing import Any
 
 # The first pattern that is found in a kernel's name names its class.
 _CLASSES = (
-    ("attention", r"attention|_(forward|queries|keys)_kernel|qkv"),
+    ("attention, queries, keys, values", r"attention|_(forward|backward|query|key|fold)_kernel|qkv"),
     ("lm_head loss, but two products", r"_exp_|_slot|_mark|_settle|_scaled"),
     ("experts", r"_(up|down|inner|rows|outer|sum)_kernel"),
-    ("routing", r"_(choose|logits_gradient|histogram|rank|tiles)\w*_kernel|[Ss]can"),
+    ("routing", r"^(choose|gradient)_kernel|_(histogram|rank|tiles)_kernel|[Ss]can"),
+    ("sums of gradients", r"^_add_kernel|CUDAFunctor_add"),
     ("optimizer", r"multi_tensor|adam|^(gram|polar|rows|apply)_kernel|foreach"),
     ("matrix products", r"nvjet|cutlass|gemm|cublas|splitK"),
+    ("reductions", r"reduce_kernel"),
     ("between products, compiled", r"^triton_"),
     ("copies and fills", r"[Mm]em(cpy|set)|copy_kernel|[Ff]ill"),
 )
@@ -61,13 +63,13 @@ def draw_bar(bars: dict[str, dict[str, float]], path: Path, title: str) -> None:
         left, total = 0.0, sum(parts.values())
         for number, (part, ms) in enumerate(parts.items()):
             axis.barh(0, ms, left=left, color=pyplot.cm.tab20(number % 20), label=part)
-            if ms > 0.05 * total:
+            if ms > 0.09 * total:
                 axis.text(
-                    left + ms / 2, 0, f"{part}\n{ms:.0f}", ha="center", va="center", fontsize=7
+                    left + ms / 2, 0, f"{part}\n{ms:.3g}", ha="center", va="center", fontsize=7
                 )
             left += ms
         axis.set_yticks([])
-        axis.set_title(f"{name}: {total:.0f} ms", fontsize=9, loc="left")
+        axis.set_title(f"{name}: {total:.4g} ms", fontsize=9, loc="left")
         axis.legend(
             fontsize=6, ncol=5, loc="upper center", bbox_to_anchor=(0.5, -0.35), frameon=False
         )
