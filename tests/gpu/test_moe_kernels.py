@@ -99,17 +99,19 @@ def leaves() -> list[torch.Tensor]:
     return [router.requires_grad_(), bias.requires_grad_(), x, *rest]
 
 
-def test_no_host_synchronisation_and_the_same_bits_twice(leaves) -> None:
+def test_no_host_synchronisation_and_the_same_bits_every_time(leaves) -> None:
+    """A race shows in few runs: in 2 to 15 of 150 when there was one (docs/decisions/0025)."""
     _layer(leaves)  # compiled
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        first, second = _layer(leaves), _layer(leaves)
+        first = _layer(leaves)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    for number, (one, other) in enumerate(zip(first, second, strict=True)):
-        assert torch.equal(one, other), number
-        assert one.abs().max() > 0, number
+    for _ in range(200):
+        for number, (one, other) in enumerate(zip(first, _layer(leaves), strict=True)):
+            assert torch.equal(one, other), number
+            assert one.abs().max() > 0, number
 
 
 def test_a_cuda_graph_holds_it(leaves) -> None:
