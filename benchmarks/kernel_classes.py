@@ -8,7 +8,10 @@ from typing import Any
 
 # The first pattern that is found in a kernel's name names its class.
 _CLASSES = (
-    ("attention, queries, keys, values", r"attention|_(forward|backward|query|key|fold)_kernel|qkv"),
+    (
+        "attention, queries, keys, values",
+        r"attention|_(forward|backward|query|key|fold)_kernel|qkv",
+    ),
     ("lm_head loss, but two products", r"_exp_|_slot|_mark|_settle|_scaled"),
     ("experts", r"_(up|down|inner|rows|outer|sum)_kernel"),
     ("routing", r"^(choose|gradient)_kernel|_(histogram|rank|tiles)_kernel|[Ss]can"),
