@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.moe_kernels import BANDWIDTH, FLOPS, attempt, median_us
+from benchmarks.kernel_timing import BANDWIDTH, FLOPS, attempt, graph_us
 from benchmarks.report import header
 from common.files import write_json
 
@@ -178,22 +178,6 @@ def floor(low_BS: torch.Tensor, rows: int) -> dict[str, float]:
         "forward": round(1e6 * max(2 * product, moved / BANDWIDTH), 1),
         "backward": round(1e6 * max(5 * product, 2 * moved / BANDWIDTH), 1),
     }
-
-
-def graph_us(run: Callable[[], Any]) -> float:
-    """Median microseconds of a replay of `run` from a CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = run()
-    figure = median_us(graph.replay)
-    del kept
-    return figure
 
 
 def launches(way: str, until: float) -> dict[str, dict[str, Any]]:

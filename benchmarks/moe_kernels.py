@@ -13,20 +13,19 @@ from __future__ import annotations
 
 import argparse
 import random
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.kernel_timing import BANDWIDTH, FLOPS, attempt, graph_us, median_us
 from benchmarks.report import header
 from common.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 E, K, D, F, ROW = 256, 4, 1024, 128, 2048
 CHOICE: dict[str, Any] = {"topk": K, "groups": 8, "group_topk": 4, "scaling": 2.5}
-BANDWIDTH, FLOPS = 4.3e12, 700e12
 _WIDE = [(128, 64, 1, 8, 3), (128, 64, 2, 8, 3), (128, 128, 2, 8, 3), (128, 64, 1, 8, 2)]
 _WIDE += [(64, 128, 1, 4, 2), (64, 64, 1, 4, 3)]
 _OUTER = [(128, 64, 8, 3, 128), (128, 64, 8, 3), (128, 32, 8, 5, 128), (64, 64, 8, 3)]
@@ -63,16 +62,6 @@ def main() -> None:
     write_json(arguments.out, report)
 
 
-def attempt(what: str, measure: Callable[[], Any]) -> Any:
-    """What `measure` gives, printed; the exception as text where it fails, and on to the next."""
-    try:
-        result = measure()
-    except Exception as error:
-        result = f"{type(error).__name__}: {str(error)[:300]}"
-    print(f"{what}: {result}", flush=True)
-    return result
-
-
 def check() -> dict[str, Any]:
     """Errors over their bounds (at most 1 is right; of the dispatch, 0) on fresh random inputs."""
     from tests.trainer.moe_kernel_errors import dispatch_errors, expert_errors, routing_errors
@@ -103,22 +92,6 @@ def draw_experts(tokens: int, spread: float = 1.0) -> torch.Tensor:
     """Experts [T, K] int32 on the device, unevenly liked: from none to several times the mean."""
     liked_E = spread * torch.randn(E, device="cuda")
     return (liked_E + torch.randn(tokens, E, device="cuda")).topk(K, dim=1).indices.int()
-
-
-def median_us(run: Callable[[], Any], repeats: int = 10) -> float:
-    """Median microseconds between events, the cache overwritten before each run."""
-    cold = torch.empty(2**26, device="cuda")
-    run()
-    times = []
-    for _ in range(repeats):
-        cold.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * start.elapsed_time(end))
-    return round(statistics.median(times), 1)
 
 
 def costs(tokens: int) -> dict[str, tuple[float, float]]:
@@ -229,22 +202,8 @@ def _whole(tokens: int) -> dict[str, float]:
     def both() -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(forward(), leaves, [grad, shares_grad])
 
-    return {"forward_ms": _graph_ms(forward), "forward_backward_ms": _graph_ms(both)}
-
-
-def _graph_ms(run: Callable[[], Any], repeats: int = 10) -> float:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = run()
-    figure = round(median_us(graph.replay, repeats) / 1e3, 3)
-    del kept
-    return figure
+    figures_us = {"forward_ms": graph_us(forward), "forward_backward_ms": graph_us(both)}
+    return {name: round(us / 1e3, 3) for name, us in figures_us.items()}
 
 
 if __name__ == "__main__":

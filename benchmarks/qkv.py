@@ -13,18 +13,18 @@ from __future__ import annotations
 
 import argparse
 import random
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.kernel_timing import BANDWIDTH, attempt, graph_us, median_us
 from benchmarks.report import header
 from common.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
-BANDWIDTH, ROW = 4.3e12, 2048
+ROW, REPEATS = 2048, 20
 KINDS = {"local": True, "global": False}
 # Tokens and warps of a program, most registers of a thread.
 FORWARD = [(16, 4, None), (16, 8, None), (8, 4, None), (32, 8, None), (32, 16, 64)]
@@ -52,16 +52,6 @@ def main() -> None:
         },
     }
     write_json(arguments.out, report)
-
-
-def attempt(what: str, measure: Callable[[], Any]) -> Any:
-    """What `measure` gives, printed; the exception as text where it fails, and on to the next."""
-    try:
-        result = measure()
-    except Exception as error:
-        result = f"{type(error).__name__}: {str(error)[:300]}"
-    print(f"{what}: {result}", flush=True)
-    return result
 
 
 def check(kind: str) -> Any:
@@ -101,7 +91,7 @@ def figures(kind: str, tokens: int, *, settings: bool, compiled: bool) -> dict[s
     for name, configs in lists.items():
         result[f"{name}_us"] = {
             str(config): attempt(
-                f"{name} {config}", lambda n=name, c=config: median_us(lambda: runs[n](c))
+                f"{name} {config}", lambda n=name, c=config: median_us(lambda: runs[n](c), REPEATS)
             )
             for config in configs
         }
@@ -150,34 +140,7 @@ def both_us(leaves: dict, of: dict, run: Callable | None) -> float:
     def both() -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(run(given), used, grads)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            both()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = both()
-    figure = median_us(graph.replay)
-    del kept
-    return figure
-
-
-def median_us(run: Callable[[], Any], repeats: int = 20) -> float:
-    """Median microseconds between events, the cache overwritten before each run."""
-    cold = torch.empty(2**26, device="cuda")
-    run()
-    times = []
-    for _ in range(repeats):
-        cold.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * start.elapsed_time(end))
-    return round(statistics.median(times), 1)
+    return graph_us(both, REPEATS)
 
 
 if __name__ == "__main__":

@@ -123,9 +123,9 @@ class _FusedExperts(torch.autograd.Function):
         if z_NF is None:
             x_grad, gates_grad = torch.zeros_like(x_TD), torch.zeros_like(gates_TK)
         else:
+            fc1_EFD, _, *of_second = weights
             x_grad, gates_grad = backward_kernels.gradients(
-                *(grad_TD.contiguous(), x_TD, gates_TK, z_NF, slots, weights[0], *weights[2:]),
-                *(sums,),
+                *(grad_TD.contiguous(), x_TD, gates_TK, z_NF, slots, fc1_EFD, *of_second, sums),
                 add=ctx.sums is not None,
                 known=ctx.tiles,
             )

@@ -65,8 +65,10 @@ def before_gradients(
     norm_D: torch.Tensor,
     maps: tuple[torch.Tensor, ...],
     eps: float,
-) -> Grads:
-    """Of hidden, norm, bias and maps; residual_grad: of the other reader of hidden, added."""
+    *,
+    biased: bool,
+) -> tuple[torch.Tensor | None, ...]:
+    """Of hidden, norm, bias (None if there is none) and maps; residual_grad: of the other reader of hidden, added."""
     normed_grad_TD = mixed_grad_TX @ _joined(maps)
     normed_TD = rms_norm(hidden_TD, norm_D, eps).to(hidden_TD.dtype)
     hidden_grad, norm_grad = _norm_gradients(hidden_TD, norm_D, [normed_grad_TD], eps)
@@ -74,7 +76,7 @@ def before_gradients(
     return (
         (hidden_grad + residual_grad_TD).to(hidden_TD.dtype),
         norm_grad,
-        _sum(mixed_grad_TX),
+        _sum(mixed_grad_TX) if biased else None,
         *joined.split([len(of) for of in maps]),
     )
 
@@ -177,9 +179,10 @@ class _Before(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         hidden_TD, norm_D, *maps = ctx.saved_tensors
         hidden_grad, norm_grad, bias_grad, *map_grads = compiled(before_gradients)(
-            mixed_grad_TX, residual_grad_TD, hidden_TD, norm_D, tuple(maps), ctx.eps
+            *(mixed_grad_TX, residual_grad_TD, hidden_TD, norm_D, tuple(maps), ctx.eps),
+            biased=ctx.biased,
         )
-        return hidden_grad, norm_grad, bias_grad if ctx.biased else None, None, *map_grads
+        return hidden_grad, norm_grad, bias_grad, None, *map_grads
 
 
 class _After(torch.autograd.Function):
