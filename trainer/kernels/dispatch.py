@@ -81,7 +81,7 @@ def sort_slots(experts_TK: torch.Tensor, num_experts: int) -> Slots:
     counts_EB = experts_TK.new_empty(num_experts, blocks)
     padded = triton.next_power_of_2(num_experts)
     _histogram_kernel[(blocks,)](
-        *(experts_TK, counts_EB, slots, blocks, num_experts, padded, _SORT_BLOCK), num_warps=8
+        *(experts_TK, counts_EB, slots, blocks, num_experts, padded, _SORT_BLOCK), num_warps=4
     )
     # Expert after expert, block after block: the sum up to (e, b) is where the next block's slots of e begin.
     sums_EB = counts_EB.view(-1).cumsum(0, dtype=torch.int32)
@@ -99,9 +99,10 @@ def _histogram_kernel(
 ):
     block = tl.program_id(0)
     i = block * BLOCK + tl.arange(0, BLOCK)
-    key = tl.load(keys + i, mask=i < slots, other=-1)
+    inside = i < slots
+    key = tl.load(keys + i, mask=inside, other=0)
     e = tl.arange(0, E)
-    count = tl.sum((key[:, None] == e[None, :]).to(tl.int32), axis=0)
+    count = tl.histogram(key, E, mask=inside)
     tl.store(counts + e * blocks + block, count, mask=e < num_experts)
 
 

@@ -24,6 +24,7 @@ import triton.language as tl
 from common.errors import ConfigError
 from trainer.kernels import experts_backward as backward_kernels
 from trainer.kernels.dispatch import Slots, TileMaps, known_tiles, sum_slots, tile_rows
+from trainer.kernels.norm import Unsummed
 
 
 class UpConfig(NamedTuple):
@@ -59,17 +60,19 @@ def fused_experts(
     fc2_EDF: torch.Tensor,
     bias2_ED: torch.Tensor,
     sums: Sequence[torch.Tensor] | None = None,
+    unsummed: Unsummed | None = None,
 ) -> torch.Tensor:
     """[T, D] bf16: see the top of this file; with gradients of x, gates, bases and the four weights.
 
     bases: none, one or two [T, D], bf16 as x and the weights are; gates fp32. T may be 0: the weights' gradients are
     then zeros. D a multiple of 16, F a power of two in 16 .. 256. sums: contiguous fp32 tensors of the weights' shapes
-    to which the backward pass adds their gradients, unrounded; the weights themselves then get none. ConfigError:
-    another shape or dtype.
+    to which the backward pass adds their gradients, unrounded; the weights themselves then get none. unsummed: what
+    takes the gradients of x by slots, T above 0; x itself then gets none. ConfigError: another shape or dtype.
     """
     _check(x_TD, gates_TK, fc1_EFD, bias1_EF, fc2_EDF, bias2_ED)
     weights = (fc1_EFD, bias1_EF, fc2_EDF, bias2_ED)
-    return _FusedExperts.apply(x_TD, gates_TK, len(bases_TD), *bases_TD, *weights, sums, *slots)
+    others = (*weights, sums, unsummed, *slots)
+    return _FusedExperts.apply(x_TD, gates_TK, len(bases_TD), *bases_TD, *others)
 
 
 def _check(x_TD: torch.Tensor, gates_TK: torch.Tensor, *weights: torch.Tensor) -> None:
@@ -103,7 +106,7 @@ class _FusedExperts(torch.autograd.Function):
         *rest: Any,
     ) -> torch.Tensor:
         bases_TD, weights = rest[:num_bases], [w.contiguous() for w in rest[num_bases:][:4]]
-        sums, *slots = rest[num_bases + 4 :]
+        sums, ctx.unsummed, *slots = rest[num_bases + 4 :]
         x_TD, gates_TK, of = x_TD.contiguous(), gates_TK.contiguous(), Slots(*slots)
         ctx.num_bases, ctx.tiles, ctx.sums = num_bases, {}, sums
         if x_TD.shape[0] == 0:
@@ -124,14 +127,19 @@ class _FusedExperts(torch.autograd.Function):
             x_grad, gates_grad = torch.zeros_like(x_TD), torch.zeros_like(gates_TK)
         else:
             fc1_EFD, _, *of_second = weights
-            x_grad, gates_grad = backward_kernels.gradients(
+            rows_ND, gates_grad = backward_kernels.gradients(
                 *(grad_TD.contiguous(), x_TD, gates_TK, z_NF, slots, fc1_EFD, *of_second, sums),
                 add=ctx.sums is not None,
                 known=ctx.tiles,
             )
+            if ctx.unsummed is None:
+                x_grad = sum_slots(rows_ND, slots.place_TK)
+            else:
+                x_grad, ctx.unsummed.slotted = None, (rows_ND, slots.place_TK)
         base_grads = [grad_TD] * ctx.num_bases
         weight_grads = sums if ctx.sums is None else [None] * 4
-        return (x_grad, gates_grad, None, *base_grads, *weight_grads, None, *[None] * len(slots))
+        of_weights = (*weight_grads, None, None)
+        return (x_grad, gates_grad, None, *base_grads, *of_weights, *[None] * len(slots))
 
 
 def up(

@@ -4,7 +4,7 @@
 and writes h = gate * relu(z)^2 once more, so that both weight gradients are plain products of rows:
 `outer` gives dW1 = dz' x and dW2 = g' h, one program for each expert and block of D, and adds them to what is there:
 the fp32 sums of a step's micro-batches, which a pass of their own would read and write again. `rows` is dx_ND = dz W1,
-and `sum_slots` its sum over slots.
+which is left to be summed over slots.
 Bytes at T = 32768, K = 4, D = 1024, F = 128: `inner` 404 MB, `rows` 369 MB, `outer` 570 MB each (in fp32), of which
 gathered rows are 268 MB (67 MB different ones).
 
@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from trainer.kernels.dispatch import Slots, TileMaps, known_tiles, sum_slots, tile_rows
+from trainer.kernels.dispatch import Slots, TileMaps, known_tiles, tile_rows
 from trainer.kernels.routing import wide_product
 
 
@@ -80,17 +80,17 @@ def gradients(
     add: bool,
     known: TileMaps | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of x and gates (fp32); all arguments contiguous, T > 0.
+    """Of x, still to be summed over each token's slots (`rows`), and of gates, fp32; arguments contiguous, T > 0.
 
     sums: what takes the gradients of fc1, bias1, fc2, bias2, of their shapes and any dtype; add: to what is in there.
     """
     gates_grad, dz_NF, h_NF, side_NC = inner(
         g_TD, gates_TK, z_NF, slots, fc2_EDF, bias2_ED, known=known
     )
-    x_grad = sum_slots(rows(dz_NF, slots, fc1_EFD, known=known), slots.place_TK)
+    x_grad_ND = rows(dz_NF, slots, fc1_EFD, known=known)
     outer(dz_NF, x_TD, side_NC, slots, *sums[:2], gated=False, add=add)
     outer(h_NF, g_TD, side_NC, slots, *sums[2:], gated=True, add=add)
-    return x_grad, gates_grad
+    return x_grad_ND, gates_grad
 
 
 def inner(
@@ -157,16 +157,21 @@ def _inner_kernel(
     total = tl.zeros((BLOCK_M, F), tl.float32)
     for first in range(0, D, BLOCK_D):
         total = tl.dot(tl.load(g_rows + first), tl.load(w_rows + first * F), total)
-    gate, by_bias_m = tl.load(gates + slot), tl.load(by_bias + token * E + expert)
+    gate, own = tl.load(gates + slot), tl.load(by_bias + token * E + expert)
     wide, mine = n.to(tl.int64)[:, None], n == held
-    cells, inside = wide * F + f[None, :], mine[:, None]
-    positive = tl.maximum(tl.load(z + cells, mask=inside, other=0.0).to(tl.float32), 0.0)
-    squared = positive * positive
+    inside = mine[:, None]
+    # Half of the columns at a time: whole rows took 248 registers, and so one program less of a multiprocessor.
+    halves = tl.split(tl.permute(tl.reshape(total, (BLOCK_M, 2, F // 2)), (0, 2, 1)))
+    for half in tl.static_range(2):
+        cells = wide * F + (half * (F // 2) + tl.arange(0, F // 2))[None, :]
+        positive = tl.maximum(tl.load(z + cells, mask=inside, other=0.0).to(tl.float32), 0.0)
+        squared = positive * positive
+        own += tl.sum(halves[half] * squared, axis=1)
+        z_grad = halves[half] * (2.0 * gate[:, None] * positive)
+        tl.store(dz + cells, z_grad.to(dz.dtype.element_ty), mask=inside)
+        tl.store(h + cells, (squared * gate[:, None]).to(h.dtype.element_ty), mask=inside)
     # Each slot stands once in the order, so each gate's gradient is written once.
-    tl.store(gates_grad + slot, tl.sum(total * squared, axis=1) + by_bias_m, mask=mine)
-    z_grad = total * (2.0 * gate[:, None] * positive)
-    tl.store(dz + cells, z_grad.to(dz.dtype.element_ty), mask=inside)
-    tl.store(h + cells, (squared * gate[:, None]).to(h.dtype.element_ty), mask=inside)
+    tl.store(gates_grad + slot, own, mask=mine)
     c = tl.arange(0, SIDE)[None, :]
     high = gate.to(side.dtype.element_ty).to(tl.float32)
     parts = tl.where(c == 0, high[:, None], tl.where(c == 1, (gate - high)[:, None], 0.0))

@@ -23,7 +23,14 @@ import triton.language as tl
 
 from common.errors import ConfigError
 from trainer.kernels import qkv_backward
-from trainer.kernels.qkv_heads import Program, QKVShape, before_norm, load_factors, load_halves
+from trainer.kernels.qkv_heads import (
+    Program,
+    QKVShape,
+    before_norm,
+    load_factors,
+    load_halves,
+    load_head,
+)
 
 FORWARD = Program(tokens=16, warps=4)
 
@@ -178,7 +185,8 @@ def _forward_kernel(
     lefts, rights = load_factors(x, BV, R, P)
     for g in range(G):
         slot = g * (H // G + 2) + H // G + 1
-        left, right = before_norm(x, bias, lefts, rights, AV + g * R, slot, R, P)
+        held = load_head(x, bias, AV + g * R, slot, R, P)
+        left, right = before_norm(held, lefts, rights, R)
         at = token * (G * 2 * P) + g * 2 * P + p
         if MIXES:
             own, other = tl.sigmoid(tl.load(logit)), tl.sigmoid(-tl.load(logit))
@@ -213,13 +221,17 @@ def _normed(
     # Queries or keys of M tokens: PER heads a group of SLOTS heads, from its head FIRST on.
     p = tl.arange(0, P)[None, :]
     lefts, rights = load_factors(x, B_AT, R, P)
+    w_left, w_right = load_halves(tl.broadcast_to(weight, x.shape) + p, P)
+    ahead = load_head(x, bias, A_AT, FIRST, R, P)
     for h in range(HEADS):
-        slot = h // PER * SLOTS + FIRST + h % PER
-        left, right = before_norm(x, bias, lefts, rights, A_AT + h * R, slot, R, P)
+        held, following = ahead, tl.minimum(h + 1, HEADS - 1)
+        slot = following // PER * SLOTS + FIRST + following % PER
+        ahead = load_head(x, bias, A_AT + following * R, slot, R, P)
+        left, right = before_norm(held, lefts, rights, R)
         square = tl.sum(left * left + right * right, axis=1, keep_dims=True)
         scale = tl.rsqrt(square * (0.5 / P) + eps)
-        left *= scale * tl.load(weight + p).to(tl.float32)
-        right *= scale * tl.load(weight + P + p).to(tl.float32)
+        left *= scale * w_left
+        right *= scale * w_right
         if ROTATED:
             turned = left * cos - right * sin
             right = right * cos + left * sin

@@ -15,7 +15,14 @@ import torch
 import triton
 import triton.language as tl
 
-from trainer.kernels.qkv_heads import Program, QKVShape, before_norm, load_factors, load_halves
+from trainer.kernels.qkv_heads import (
+    Program,
+    QKVShape,
+    before_norm,
+    load_factors,
+    load_halves,
+    load_head,
+)
 
 BACKWARD = Program(tokens=2, warps=1, registers=168)
 _FOLD = (64, 64)  # rows at a time and columns of a program that adds up parts
@@ -146,14 +153,21 @@ def _normed(
     p = tl.arange(0, P)[None, :]
     lefts, rights = load_factors(x, B_AT, R, P)
     left_grads, right_grads = _zeros(R, M, P), _zeros(R, M, P)
-    w_left, w_right = load_halves(weight + p, P)
+    w_left, w_right = load_halves(tl.broadcast_to(weight, x.shape) + p, P)
     dw_left, dw_right = tl.zeros((M, P), tl.float32), tl.zeros((M, P), tl.float32)
+    grad += p
+    ahead = load_head(x, bias, A_AT, FIRST, R, P)
+    ahead_left = tl.load(grad, mask=valid, other=0.0)
+    ahead_right = tl.load(grad + P, mask=valid, other=0.0)
     for h in range(HEADS):
-        slot = h // PER * SLOTS + FIRST + h % PER
-        at = grad + h * grad_h + p
-        g_left = tl.load(at, mask=valid, other=0.0).to(tl.float32)
-        g_right = tl.load(at + P, mask=valid, other=0.0).to(tl.float32)
-        left, right = before_norm(x, bias, lefts, rights, A_AT + h * R, slot, R, P)
+        slot, held = h // PER * SLOTS + FIRST + h % PER, ahead
+        g_left, g_right = ahead_left.to(tl.float32), ahead_right.to(tl.float32)
+        following = tl.minimum(h + 1, HEADS - 1)
+        ahead_slot = following // PER * SLOTS + FIRST + following % PER
+        ahead = load_head(x, bias, A_AT + following * R, ahead_slot, R, P)
+        ahead_left = tl.load(grad + following * grad_h, mask=valid, other=0.0)
+        ahead_right = tl.load(grad + following * grad_h + P, mask=valid, other=0.0)
+        left, right = before_norm(held, lefts, rights, R)
         square = tl.sum(left * left + right * right, axis=1, keep_dims=True)
         scale = tl.rsqrt(square * (0.5 / P) + eps)
         left, right = left * scale, right * scale
@@ -173,13 +187,12 @@ def _normed(
         along = tl.sum(g_left * left + g_right * right, axis=1, keep_dims=True) * (0.5 / P)
         g_left, g_right = (g_left - left * along) * scale, (g_right - right * along) * scale
         left_grads, right_grads = _projected(
-            *(g_left, g_right, x, lefts, rights, left_grads, right_grads, out, part, valid),
+            *(g_left, g_right, held, lefts, rights, left_grads, right_grads, out, part, valid),
             *(A_AT + h * R, slot, R, P),
         )
     _store_factors(left_grads, right_grads, out, valid, B_AT, R, P)
-    q = tl.arange(0, P)
-    tl.store(weight_part + q, tl.sum(dw_left, axis=0))
-    tl.store(weight_part + P + q, tl.sum(dw_right, axis=0))
+    _store_sum(weight_part, dw_left)
+    _store_sum(weight_part + P, dw_right)
     return cos_grad, sin_grad
 
 
@@ -215,10 +228,11 @@ def _values(
         at = grad + g * grad_h + p
         g_left = tl.load(at, mask=valid, other=0.0).to(tl.float32)
         g_right = tl.load(at + P, mask=valid, other=0.0).to(tl.float32)
+        held = load_head(x, bias, A_AT + g * R, slot, R, P)
         if MIXES:
             kind = out.dtype.element_ty
             own, other = tl.sigmoid(tl.load(logit)), tl.sigmoid(-tl.load(logit))
-            left, right = before_norm(x, bias, lefts, rights, A_AT + g * R, slot, R, P)
+            left, right = before_norm(held, lefts, rights, R)
             of = token * (G * 2 * P) + g * 2 * P + p
             v_left, v_right = load_halves(first_value + of, P)
             between += g_left * (left.to(kind).to(tl.float32) - v_left)
@@ -227,7 +241,7 @@ def _values(
             tl.store(first_grad + of + P, (other * g_right).to(kind), mask=valid)
             g_left, g_right = own * g_left, own * g_right
         left_grads, right_grads = _projected(
-            *(g_left, g_right, x, lefts, rights, left_grads, right_grads, out, part, valid),
+            *(g_left, g_right, held, lefts, rights, left_grads, right_grads, out, part, valid),
             *(A_AT + g * R, slot, R, P),
         )
     _store_factors(left_grads, right_grads, out, valid, B_AT, R, P)
@@ -240,7 +254,7 @@ def _values(
 def _projected(
     g_left,
     g_right,
-    x,
+    held,
     lefts,
     rights,
     left_grads,
@@ -262,16 +276,24 @@ def _projected(
         tl.store(at, g_left.to(at.dtype.element_ty), mask=valid)
         tl.store(at + P, g_right.to(at.dtype.element_ty), mask=valid)
     else:
-        tl.store(part + slot * 2 * P + p, tl.sum(g_left, axis=0))
-        tl.store(part + slot * 2 * P + P + p, tl.sum(g_right, axis=0))
+        _store_sum(part + slot * 2 * P, g_left)
+        _store_sum(part + slot * 2 * P + P, g_right)
         for r in tl.static_range(R):
-            a = tl.load(x + a_at + r).to(tl.float32) * (1.0 / R)
+            a = held[2 + r].to(tl.float32) * (1.0 / R)
             a_grad = tl.sum(g_left * lefts[r] + g_right * rights[r], axis=1, keep_dims=True)
             at = out + a_at + r
             tl.store(at, (a_grad * (1.0 / R)).to(at.dtype.element_ty), mask=valid)
             lefts_out = lefts_out + (left_grads[r] + a * g_left,)  # noqa: RUF005
             rights_out = rights_out + (right_grads[r] + a * g_right,)  # noqa: RUF005
     return lefts_out, rights_out
+
+
+@triton.jit
+def _store_sum(at, x):
+    # The sum over tokens, by the threads that hold the first one: nothing moves to threads of another layout.
+    m, p = tl.arange(0, x.shape[0])[:, None], tl.arange(0, x.shape[1])[None, :]
+    of_all = tl.broadcast_to(tl.sum(x, axis=0, keep_dims=True), x.shape)
+    tl.store(at + p + 0 * m, of_all, mask=(p >= 0) & (m == 0))
 
 
 @triton.jit

@@ -76,15 +76,26 @@ def load_factors(x, B_AT: tl.constexpr, R: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def before_norm(x, bias, lefts, rights, a_at, slot, R: tl.constexpr, P: tl.constexpr):
-    """Halves of the head at `slot` of [q .. q k v | q .. q k v | ..] as projected, bias added, fp32."""
+def load_head(x, bias, a_at, slot, R: tl.constexpr, P: tl.constexpr):
+    """What `before_norm` makes the head at `slot` of [q .. q k v | q .. q k v | ..] of, as it is stored: both halves of
+    the projection or, with TPA, of the bias, and R numbers a [M, 1].
+
+    Loops over heads load that of the next head before they compute one: a load takes longer than a head's arithmetic.
+    """
     p = tl.arange(0, P)
-    if R == 0:
-        left, right = load_halves(x + slot * 2 * P + p[None, :], P)
-    else:
-        left, right = load_halves(bias + slot * 2 * P + p[None, :], P)
-        for r in tl.static_range(R):
-            a = tl.load(x + a_at + r).to(tl.float32) * (1.0 / R)
-            left += a * lefts[r]
-            right += a * rights[r]
+    at = (x if R == 0 else tl.broadcast_to(bias, x.shape)) + slot * 2 * P + p[None, :]
+    held = (tl.load(at), tl.load(at + P))
+    for r in tl.static_range(R):
+        held = held + (tl.load(x + a_at + r),)  # noqa: RUF005
+    return held
+
+
+@triton.jit
+def before_norm(held, lefts, rights, R: tl.constexpr):
+    """Halves of a head as projected, bias added, fp32; held: of `load_head`."""
+    left, right = held[0].to(tl.float32), held[1].to(tl.float32)
+    for r in tl.static_range(R):
+        a = held[2 + r].to(tl.float32) * (1.0 / R)
+        left += a * lefts[r]
+        right += a * rights[r]
     return left, right

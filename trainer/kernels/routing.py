@@ -22,15 +22,16 @@ from trainer.kernels.routing_kernels import choose_kernel, gradient_kernel
 
 
 class RouteConfig(NamedTuple):
-    """Tokens at a time, how often, and warps of a program."""
+    """Tokens at a time, how often, and warps of a program; the most registers of a thread (None: no limit)."""
 
     tokens: int
     steps: int
     warps: int
+    registers: int | None = None
 
 
 FORWARD = RouteConfig(tokens=2, steps=8, warps=1)
-BACKWARD = RouteConfig(tokens=4, steps=4, warps=1)
+BACKWARD = RouteConfig(tokens=4, steps=4, warps=1, registers=128)
 
 
 class Choice(NamedTuple):
@@ -200,6 +201,7 @@ def choose(
             *(bias_E is not None, counted_T is not None),
             *(E, topk, triton.next_power_of_2(topk), groups, group_topk, *config[:2]),
             num_warps=config.warps,
+            maxnreg=config.registers,
         )
     counts_BE, best_counts_BE, shares_BE = sums_3BPE.sum(dim=2).unbind()
     return gates_TK, experts_TK, counts_BE.sum(dim=0), best_counts_BE, shares_BE
@@ -241,5 +243,6 @@ def logits_gradient(
             *(tokens // rows, rows, choice.scaling, bias_E is not None, counted_T is not None),
             *(parts, E, choice.topk, triton.next_power_of_2(choice.topk), *config[:2]),
             num_warps=config.warps,
+            maxnreg=config.registers,
         )
     return grad, sums_PE.sum(dim=0)

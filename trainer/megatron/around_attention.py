@@ -1,12 +1,13 @@
-"""What surrounds attention in a layer, as plain functions and as two autograd functions of compiled ones.
+"""What surrounds attention in a layer, as plain functions and as two autograd functions.
 
 `before_attention` is a norm and a projection, `after_attention` the output projection, the residual, a norm and the
-expert that every token visits (or the dense MLP). `before` and `after` compute the same on CUDA, one compilation for
-all layers of a kind, with gradients written out (`before_gradients`, `after_gradients`). Why written out: autograd adds
-up the gradients of a tensor with two readers by a kernel of its own, three times the tensor's bytes (46 us each for the
-hidden states and for what the router and the experts read, of 32,768 tokens on an H200). So such a tensor is given out
-once for each reader, and the sum is made inside the kernel of the norm's gradient, in fp32. Likewise residual and
-shared expert leave apart: the kernel that sums over experts adds both.
+expert that every token visits (or the dense MLP). `before` and `after` compute the same on CUDA: forward by
+torch.compile, one compilation for all layers of a kind, backward written out (`before_gradients`, `after_gradients`).
+Why written out: autograd adds up the gradients of a tensor with two readers by a kernel of its own, three times the
+tensor's bytes, and the compiler reads a norm's inputs twice, for its gradient and for its weight's (81 and 48 us at
+32,768 tokens on an H200). So such a tensor is given out once for each reader, and one kernel (trainer/kernels/norm.py)
+adds up what its readers have, the routed experts' rows too, and makes all sums over tokens on the way. Likewise
+residual and shared expert leave apart: the kernel that sums over experts adds both.
 
 Kept for the backward pass: the layer's input, attention's output, the residual, its norm (which the experts keep too)
 and the inner states before their activation.
@@ -17,7 +18,7 @@ Shapes: T tokens, D hidden, X columns of the projection, A attention's output, W
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,6 +26,18 @@ from trainer.megatron.compiled import compiled
 
 _linear = torch.nn.functional.linear
 Grads = tuple[torch.Tensor, ...]
+
+
+class OfNorm(NamedTuple):
+    """What `norm_gradients` gives: gradients of h and of the weight, x where it was asked for, and the sums over tokens
+    of the gradient of h and of `other`, [D]; all in the dtype of what they are the gradients of.
+    """
+
+    hidden_TD: torch.Tensor
+    weight_D: torch.Tensor
+    normed_TD: torch.Tensor | None
+    hidden_sum_D: torch.Tensor
+    other_sum_D: torch.Tensor
 
 
 def before_attention(
@@ -69,45 +82,99 @@ def before_gradients(
     biased: bool,
 ) -> tuple[torch.Tensor | None, ...]:
     """Of hidden, norm, bias (None if there is none) and maps; residual_grad: of the other reader of hidden, added."""
-    normed_grad_TD = mixed_grad_TX @ _joined(maps)
-    normed_TD = rms_norm(hidden_TD, norm_D, eps).to(hidden_TD.dtype)
-    hidden_grad, norm_grad = _norm_gradients(hidden_TD, norm_D, [normed_grad_TD], eps)
-    joined = mixed_grad_TX.t() @ normed_TD
-    return (
-        (hidden_grad + residual_grad_TD).to(hidden_TD.dtype),
-        norm_grad,
-        _sum(mixed_grad_TX) if biased else None,
-        *joined.split([len(of) for of in maps]),
-    )
+    grads = [mixed_grad_TX @ _joined(maps)]
+    of = norm_gradients(hidden_TD, norm_D, grads, residual_grad_TD, eps, normed=True)
+    joined = mixed_grad_TX.t() @ of.normed_TD
+    bias_grad = _sum(mixed_grad_TX) if biased else None
+    return of.hidden_TD, of.weight_D, bias_grad, *joined.split([len(of) for of in maps])
 
 
 def after_gradients(
     residual_grad_TD: torch.Tensor,
     shared_grad_TD: torch.Tensor,
     x_grads: tuple[torch.Tensor, ...],
+    slotted: tuple[torch.Tensor, torch.Tensor] | None,
     kept: tuple[torch.Tensor, ...],
     weights: tuple[torch.Tensor, ...],
     eps: float,
 ) -> Grads:
-    """Of hidden, out and the seven weights. x_grads: of each reader of x. kept: out, x, residual, inner."""
+    """Of hidden, out and the seven weights. x_grads: of readers of x, at most two; slotted: of one more, by slots (see
+    trainer/kernels/norm.py). kept: out, x, residual, inner.
+    """
     out_TA, x_TD, residual_TD, inner_TW = kept
     proj, _, norm, fc1, _, fc2, _ = weights
-    positive_TW = torch.relu(inner_TW)
-    inner_grad_TW = (shared_grad_TD @ fc2) * positive_TW * 2
-    grads = [*x_grads, inner_grad_TW @ fc1]
-    residual_grad, norm_grad = _norm_gradients(residual_TD, norm, grads, eps)
-    residual_grad = (residual_grad + residual_grad_TD).to(residual_TD.dtype)
-    return (
-        residual_grad,
-        residual_grad @ proj,
-        residual_grad.t() @ out_TA,
-        _sum(residual_grad),
-        norm_grad,
-        inner_grad_TW.t() @ x_TD,
-        _sum(inner_grad_TW),
-        shared_grad_TD.t() @ positive_TW.square(),
-        _sum(shared_grad_TD),
+    inner_grad_TW, squared_TW, fc1_bias_grad = relu_squared_gradients(
+        shared_grad_TD @ fc2, inner_TW
     )
+    grads = [*x_grads, inner_grad_TW @ fc1]
+    of = norm_gradients(residual_TD, norm, grads, residual_grad_TD, eps, slotted)
+    # One reader adds up both: their gradients are one tensor, and its sum is there already.
+    one = residual_grad_TD.data_ptr() == shared_grad_TD.data_ptr()
+    return (
+        of.hidden_TD,
+        of.hidden_TD @ proj,
+        of.hidden_TD.t() @ out_TA,
+        of.hidden_sum_D,
+        of.weight_D,
+        inner_grad_TW.t() @ x_TD,
+        fc1_bias_grad,
+        shared_grad_TD.t() @ squared_TW,
+        of.other_sum_D if one else _sum(shared_grad_TD),
+    )
+
+
+def norm_gradients(
+    h_TD: torch.Tensor,
+    weight_D: torch.Tensor,
+    grads: list[torch.Tensor],
+    other_TD: torch.Tensor,
+    eps: float,
+    slotted: tuple[torch.Tensor, torch.Tensor] | None = None,
+    *,
+    normed: bool = False,
+) -> OfNorm:
+    """Of x = `rms_norm` of h, from what its readers have, grads and slotted; other is added to that of h. One kernel on
+    CUDA, plain elsewhere; each result is rounded once.
+    """
+    if h_TD.is_cuda:
+        from trainer.kernels import norm
+
+        grads, other_TD = [grad.contiguous() for grad in grads], other_TD.contiguous()
+        hidden_grad, x, sums_3D = norm.norm_gradients(
+            *(h_TD, weight_D, grads, other_TD, eps, slotted), normed=normed
+        )
+        weight_grad, hidden_sum, other_sum = sums_3D.to(weight_D.dtype)
+        return OfNorm(hidden_grad, weight_grad, x, hidden_sum, other_sum)
+    if slotted is not None:
+        rows_ND, place_TK = slotted
+        grads = [*grads, *(rows_ND[place_K.long()] for place_K in place_TK.unbind(1))]
+    h, weight = _wide(h_TD), _wide(weight_D)
+    grad = functools.reduce(torch.add, map(_wide, grads))
+    scale = torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + eps)
+    normal, turned = h * scale, grad * weight
+    by_norm = (turned - normal * (turned * normal).mean(dim=-1, keepdim=True)) * scale
+    total, dtype = by_norm + other_TD, weight_D.dtype
+    return OfNorm(
+        total.to(h_TD.dtype),
+        (grad * normal).sum(dim=0).to(dtype),
+        (normal * weight).to(h_TD.dtype) if normed else None,
+        total.sum(dim=0).to(dtype),
+        _sum(other_TD).to(dtype),
+    )
+
+
+def relu_squared_gradients(grad_TW: torch.Tensor, inner_TW: torch.Tensor) -> Grads:
+    """(gradient of inner, relu(inner)^2, sum of the gradient over tokens [W]), in inner's dtype; grad: of the second.
+    One kernel on CUDA, plain elsewhere.
+    """
+    if inner_TW.is_cuda:
+        from trainer.kernels import relu_squared
+
+        grad, squared, total = relu_squared.relu_squared_gradients(grad_TW, inner_TW)
+        return grad, squared, total.to(inner_TW.dtype)
+    positive = torch.relu(_wide(inner_TW))
+    grad = _wide(grad_TW) * positive * 2
+    return tuple(t.to(inner_TW.dtype) for t in (grad, positive.square(), grad.sum(dim=0)))
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -116,24 +183,13 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight.to(x.dtype)
 
 
-def _norm_gradients(
-    x_TD: torch.Tensor, weight_D: torch.Tensor, grads: list[torch.Tensor], eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of x, in fp32 or wider, and of the weight, in its dtype; grads: of the norm's readers."""
-    x = _wide(x_TD)
-    grad = functools.reduce(torch.add, map(_wide, grads))
-    scale = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
-    normal, turned = x * scale, grad * weight_D.to(x.dtype)
-    x_grad = (turned - normal * (turned * normal).mean(dim=-1, keepdim=True)) * scale
-    return x_grad, (grad * normal).sum(dim=0).to(weight_D.dtype)
-
-
 def _wide(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _sum(grad_TX: torch.Tensor) -> torch.Tensor:
-    return _wide(grad_TX).sum(dim=0).to(grad_TX.dtype)
+    wide = torch.promote_types(grad_TX.dtype, torch.float32)
+    return grad_TX.sum(dim=0, dtype=wide).to(grad_TX.dtype)
 
 
 def _joined(maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -152,10 +208,17 @@ def before(
 
 
 def after(
-    hidden_TD: torch.Tensor, out_TA: torch.Tensor, weights: tuple[torch.Tensor, ...], eps: float
+    hidden_TD: torch.Tensor,
+    out_TA: torch.Tensor,
+    weights: tuple[torch.Tensor, ...],
+    eps: float,
+    unsummed: Any = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(residual, shared, x, x once more): `after_attention` compiled, x for two readers; tokens in one axis."""
-    return _After.apply(hidden_TD, out_TA, eps, *weights)
+    """(residual, shared, x, x once more): `after_attention` compiled, x for two readers; tokens in one axis.
+
+    unsummed: an `Unsummed` (trainer/kernels/norm.py) in which one reader of x leaves its gradient.
+    """
+    return _After.apply(hidden_TD, out_TA, eps, unsummed, *weights)
 
 
 class _Before(torch.autograd.Function):
@@ -178,7 +241,7 @@ class _Before(torch.autograd.Function):
         ctx: Any, mixed_grad_TX: torch.Tensor, residual_grad_TD: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         hidden_TD, norm_D, *maps = ctx.saved_tensors
-        hidden_grad, norm_grad, bias_grad, *map_grads = compiled(before_gradients)(
+        hidden_grad, norm_grad, bias_grad, *map_grads = before_gradients(
             *(mixed_grad_TX, residual_grad_TD, hidden_TD, norm_D, tuple(maps), ctx.eps),
             biased=ctx.biased,
         )
@@ -188,13 +251,21 @@ class _Before(torch.autograd.Function):
 class _After(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: torch.Tensor, out_TA: torch.Tensor, eps: float, *weights: torch.Tensor
+        ctx: Any,
+        hidden_TD: torch.Tensor,
+        out_TA: torch.Tensor,
+        eps: float,
+        unsummed: Any,
+        *weights: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         residual_TD, shared_TD, x_TD, inner_TW = compiled(after_attention)(
             hidden_TD, out_TA, weights, eps
         )
         ctx.save_for_backward(out_TA, x_TD, residual_TD, inner_TW, *weights)
-        ctx.eps = eps
+        ctx.eps, ctx.unsummed = eps, unsummed
+        ctx.set_materialize_grads(
+            False
+        )  # of readers that there are not, or that left theirs elsewhere
         return residual_TD, shared_TD, x_TD, x_TD.detach()
 
     @staticmethod
@@ -202,10 +273,12 @@ class _After(torch.autograd.Function):
         ctx: Any,
         residual_grad_TD: torch.Tensor,
         shared_grad_TD: torch.Tensor,
-        *x_grads: torch.Tensor,
+        *x_grads: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, ...]:
         kept, weights = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
-        hidden_grad, out_grad, *grads = compiled(after_gradients)(
-            residual_grad_TD, shared_grad_TD, x_grads, kept, weights, ctx.eps
+        slotted = None if ctx.unsummed is None else ctx.unsummed.take()
+        given = tuple(grad for grad in x_grads if grad is not None)
+        hidden_grad, out_grad, *grads = after_gradients(
+            residual_grad_TD, shared_grad_TD, given, slotted, kept, weights, ctx.eps
         )
-        return hidden_grad, out_grad, None, *grads
+        return hidden_grad, out_grad, None, None, *grads

@@ -62,13 +62,18 @@ class RoutedExperts(MegatronModule):
         gates_TK: torch.Tensor,
         slots: Slots,
         *bases_TD: torch.Tensor,
+        unsummed: Any = None,
     ) -> torch.Tensor:
-        """The sum of bases, at most two, and of the gated outputs of every token's slots, [T, D]; slots: of `sort`."""
+        """The sum of bases, at most two, and of the gated outputs of every token's slots, [T, D]; slots: of `sort`.
+
+        unsummed: with `triton`, see trainer/kernels/norm.py.
+        """
         parameters = (self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
         if self.compute == "triton":
             from trainer.kernels.experts import fused_experts
 
-            return fused_experts(x_TD, gates_TK, slots, bases_TD, *parameters, _sums(parameters))
+            inputs = (x_TD, gates_TK, slots, bases_TD, *parameters)
+            return fused_experts(*inputs, sums=_sums(parameters), unsummed=unsummed)
         y_ND = _loop(
             gather_rows(x_TD, slots), slots.rows_E, gather_gates(gates_TK, slots), *parameters
         )

@@ -117,8 +117,12 @@ def fused_half(
     rows: PackedRows,
     *,
     shape: LayerShape,
+    unsummed: Any = None,
 ) -> Halfway:
-    """`attention_half` on CUDA in bf16: compiled functions before and after attention, two kernels between them."""
+    """`attention_half` on CUDA in bf16: compiled functions before and after attention, two kernels between them.
+
+    unsummed: see around_attention.after.
+    """
     from trainer.kernels.attention import attention
     from trainer.kernels.qkv import qkv
 
@@ -148,7 +152,8 @@ def fused_half(
         alibi=shape.window is None,
         scale=shape.scale,
     )
-    outs = after(hidden_TD, out_SBHC.view(S * B, -1), after_weights(weights), shape.eps)
+    out_TA = out_SBHC.view(S * B, -1)
+    outs = after(hidden_TD, out_TA, after_weights(weights), shape.eps, unsummed)
     return Halfway(*(of.view(S, B, D) for of in outs), value if shape.gives else None)
 
 
@@ -263,15 +268,13 @@ class CompiledLayer(ValueResidualLayer):
         rows, context = keywords["packed_seq_params"], keywords.get("context")
         if not is_plain(rows):
             return super().forward(hidden_states, *arguments, **keywords)
-        dense = self.self_attention.core_attention.backend == "dense"
-        half = (attention_half if dense else fused_half)(
-            hidden_states,
-            context,
-            keywords["rotary_pos_emb"],
-            layer_weights(self),
-            rows,
-            shape=self._kind,
-        )
+        weights, unsummed = layer_weights(self), None
+        inputs = (hidden_states, context, keywords["rotary_pos_emb"], weights, rows)
+        if self.self_attention.core_attention.backend == "dense":
+            half = attention_half(*inputs, shape=self._kind)
+        else:
+            unsummed = self._unsummed()
+            half = fused_half(*inputs, shape=self._kind, unsummed=unsummed)
         out_SBD = (
             self.mlp.routed(
                 half.x_SBD,
@@ -279,11 +282,22 @@ class CompiledLayer(ValueResidualLayer):
                 half.shared_SBD,
                 residual_SBD=half.residual_SBD,
                 router_x_SBD=half.router_x_SBD,
+                unsummed=unsummed,
             )
             if isinstance(self.mlp, StudentMoE)
             else half.residual_SBD + half.shared_SBD
         )
         return out_SBD, context if half.value_SBGC is None else half.value_SBGC
+
+    def _unsummed(self) -> Any:
+        """For one pass; None where the experts are not all here, or leave nothing there."""
+        moe = self.mlp
+        here = isinstance(moe, StudentMoE) and moe.ep_group.size() == 1
+        if not here or moe.experts.compute != "triton":
+            return None
+        from trainer.kernels.norm import Unsummed
+
+        return Unsummed()
 
     @functools.cached_property
     def _kind(self) -> LayerShape:

@@ -17,6 +17,8 @@ Shapes: S, B, D hidden states, T = S * B tokens, K slots a token, N rows, E expe
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import all_to_all
@@ -67,10 +69,12 @@ class StudentMoE(MegatronModule):
         *,
         residual_SBD: torch.Tensor | None = None,
         router_x_SBD: torch.Tensor | None = None,
+        unsummed: Any = None,
     ) -> torch.Tensor:
         """shared + residual, if there is one, + what the routed experts make of x, [S, B, D].
 
-        router_x: x for the router, where it is given once for each reader.
+        router_x: x for the router, where it is given once for each reader. unsummed: what takes the experts' gradients
+        of x instead of autograd, see trainer/kernels/norm.py; only where this rank has all experts.
         """
         padding_SB = None if padding_mask is None else padding_mask.t()
         gates_TK, experts_TK = self.router(
@@ -80,7 +84,7 @@ class StudentMoE(MegatronModule):
         bases = [t.flatten(0, 1) for t in (shared_SBD, residual_SBD) if t is not None]
         if self.ep_group.size() == 1:
             slots = self.experts.sort(experts_TK, self.config.num_moe_experts)
-            out_TD = self.experts(x_TD, gates_TK, slots, *bases)
+            out_TD = self.experts(x_TD, gates_TK, slots, *bases, unsummed=unsummed)
         else:
             out_TD = sum(bases, start=self._on_their_ranks(x_TD, gates_TK, experts_TK))
         return out_TD.view_as(shared_SBD)

@@ -1,0 +1,103 @@
+"""Errors of the kernels between products in the backward pass (norm, relu^2), for a CPU and a GPU test."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tests.trainer.moe_kernel_errors import gap
+
+EPS = 1e-5
+WEIGHTS = ("proj", "proj_bias", "norm", "fc1", "fc1_bias", "fc2", "fc2_bias")
+MOE = ("router", "router_bias", "w1", "b1", "w2", "b2")
+
+
+def norm_errors(
+    device: str, tokens: int, hidden: int, topk: int, readers: int
+) -> dict[str, float]:
+    """Of `norm_gradients` against fp64 on the same bf16 inputs; topk 0: no rows of slots."""
+    from trainer.kernels.norm import norm_gradients
+    from trainer.megatron import around_attention
+
+    make = torch.Generator(device).manual_seed(tokens + hidden)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=make, device=device).bfloat16()
+
+    h, weight, other = draw(tokens, hidden), draw(hidden), draw(tokens, hidden)
+    grads = [draw(tokens, hidden) for _ in range(readers)]
+    order = torch.randperm(tokens * topk, generator=make, device=device).int()
+    slotted = (draw(tokens * topk, hidden), order.view(tokens, topk)) if topk else None
+    got, x, sums = norm_gradients(h, weight, grads, other, EPS, slotted, normed=True)
+    wide = None if slotted is None else (slotted[0].double().cpu(), slotted[1].cpu())
+    of = around_attention.norm_gradients(
+        *(h.double().cpu(), weight.double().cpu(), [g.double().cpu() for g in grads]),
+        *(other.double().cpu(), EPS, wide),
+        normed=True,
+    )
+    want = {"hidden": of.hidden_TD, "x": of.normed_TD, "weight sum": of.weight_D}
+    want |= {"hidden sum": of.hidden_sum_D, "other sum": of.other_sum_D}
+    return {
+        name: gap(one.cpu(), want[name]) for name, one in zip(want, (got, x, *sums), strict=True)
+    }
+
+
+def relu_errors(device: str, tokens: int, width: int) -> dict[str, float]:
+    """Of `relu_squared_gradients` against autograd in fp64 on the same bf16 inputs."""
+    from trainer.kernels.relu_squared import relu_squared_gradients
+
+    make = torch.Generator(device).manual_seed(tokens + width)
+    grad, inner = (
+        torch.randn(tokens, width, generator=make, device=device).bfloat16() for _ in range(2)
+    )
+    wide = inner.double().requires_grad_()
+    squared = torch.relu(wide).square()
+    (want,) = torch.autograd.grad(squared, wide, grad.double())
+    got = relu_squared_gradients(grad, inner)
+    wants = {"gradient": want, "value": squared, "gradient sum": want.sum(dim=0)}
+    return {name: gap(one, wants[name]) for name, one in zip(wants, got, strict=True)}
+
+
+def layer_gradients(device: str, sizes: tuple[int, ...], *, left: bool) -> dict[str, torch.Tensor]:
+    """The output and all gradients of `after`, router and experts; left: the experts leave theirs by slots."""
+    from trainer.kernels.dispatch import sort_slots
+    from trainer.kernels.experts import fused_experts
+    from trainer.kernels.norm import Unsummed
+    from trainer.kernels.routing import routed
+    from trainer.megatron.around_attention import after
+
+    T, D, W, E, F = sizes
+    make = torch.Generator(device).manual_seed(T)
+    shapes: dict[str, tuple[int, ...]] = {"hidden": (T, D), "out": (T, D)}
+    shapes |= zip(WEIGHTS, ((D, D), (D,), (D,), (W, D), (W,), (D, W), (D,)), strict=True)
+    shapes |= zip(MOE, ((E, D), (E,), (E, F, D), (E, F), (E, D, F), (E, D)), strict=True)
+    leaves = {
+        name: torch.randn(*shape, generator=make, device=device)
+        .mul_(shape[-1] ** -0.5 if len(shape) > 1 and name not in ("hidden", "out") else 1.0)
+        .bfloat16()
+        .requires_grad_()
+        for name, shape in shapes.items()
+    }
+    unsummed = Unsummed() if left else None
+    residual, shared, x, router_x = after(
+        leaves["hidden"], leaves["out"], tuple(leaves[n] for n in WEIGHTS), EPS, unsummed
+    )
+    choice: dict[str, Any] = {"rows": 2, "topk": 4, "groups": 4, "group_topk": 2, "scaling": 2.5}
+    balance = torch.zeros(E, device=device)
+    got = routed(router_x, leaves["router"], leaves["router_bias"], balance, None, **choice)
+    total = fused_experts(
+        *(x, got.gates_TK, sort_slots(got.experts_TK, E), [shared, residual]),
+        *(leaves[n] for n in MOE[2:]),
+        unsummed=unsummed,
+    )
+    grad = torch.randn(T, D, generator=make, device=device).bfloat16()
+    shares_grad = torch.randn(got.shares_BE.shape, generator=make, device=device)
+    grads = torch.autograd.grad((total, got.shares_BE), list(leaves.values()), (grad, shares_grad))
+    return {"total": total} | dict(zip(leaves, grads, strict=True))
+
+
+def layer_errors(device: str, sizes: tuple[int, ...]) -> dict[str, float]:
+    """Of every gradient, with experts that leave theirs against experts that return it."""
+    got, want = (layer_gradients(device, sizes, left=left) for left in (True, False))
+    return {name: gap(got[name], want[name]) for name in want}
