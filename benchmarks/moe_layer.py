@@ -5,12 +5,13 @@
 
 Ways: `ours` is StudentMoE, `megatron` MoELayer with TopKRouter and the alltoall dispatcher (allgather on the CPU)
 around the same RoutedExperts and SharedExpert with the same weights. `host_ms`: until everything is enqueued;
-`wall_ms`: until the device is done; `graph_ms`: replayed from a CUDA graph, as training runs it (ours alone: Megatron's
-path waits for the host); `busy_ms`: sum of kernel times (profiler), with the kernels that take longest.
-Medians of the repeats.
+`wall_ms`: until the device is done; `graph_ms`: replayed from a CUDA graph (ours alone: Megatron's path waits for the
+host); `busy_ms`: sum of kernel times (profiler), with the kernels that take longest. Medians of the repeats.
+`second_half`: the layer from attention's output on, as training runs it, recorded: output projection, residual, norm,
+and ours, gradients of experts added to fp32 sums; on the GPU alone.
 Floors: `flops_ms` at 989.4 TFLOP/s of router, experts and shared expert; `bytes_ms` at 4.8 TB/s: expert weights read
 twice and their gradient written, and 11 passes over the routed rows [N, D] (gathered, in and out of both products and
-of their gradients, summed).
+of their gradients, summed). That of the second half has the arithmetic of the projection too.
 Writes benchmarks/results/moe_layer_<device>.json.
 """
 
@@ -19,12 +20,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from copy import copy
+from copy import copy, deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.kernel_timing import graph_us
 from benchmarks.report import header
 from common.files import write_json
 from trainer.config import ModelRuntime, ParallelConfig
@@ -78,6 +80,11 @@ def compare(student: StudentConfig, settings: dict[str, Any], device: Any) -> di
         for tokens in settings["tokens"]:
             inputs = make_inputs(tokens, student, settings["precision"], device)
             figures: dict[str, Any] = {"floor": floor(student, tokens)}
+            if device == "cuda":
+                figures["second_half"] = {
+                    "floor": floor(student, tokens, projected=True),
+                    "graph_ms": second_half(layers["ours"], inputs),
+                }
             outs = {name: layer(inputs[0])[0].float() for name, layer in layers.items()}
             gap = (outs["ours"] - outs["megatron"]).norm() / outs["megatron"].norm()
             figures["relative_gap_of_outputs"] = float(gap)
@@ -165,10 +172,44 @@ def make_inputs(
     return x.requires_grad_(), grad * 1e-3
 
 
-def floor(student: StudentConfig, tokens: int) -> dict[str, float]:
+def second_half(moe: torch.nn.Module, inputs: tuple[torch.Tensor, torch.Tensor]) -> float:
+    """Median milliseconds of a recorded pass from attention's output on, forward and backward."""
+    from trainer.kernels.norm import Unsummed
+    from trainer.megatron.around_attention import after
+
+    (x, grad), moe = inputs, deepcopy(moe)
+    for parameter in moe.experts.parameters():
+        parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
+    D, shared = x.shape[-1], moe.shared_experts
+    draw = lambda *shape: torch.randn(*shape, device="cuda").mul_(D**-0.5).bfloat16()  # noqa: E731
+    own = [draw(D, D).requires_grad_(), draw(D).requires_grad_(), (1 + draw(D)).requires_grad_()]
+    of_shared = [shared.linear_fc1.weight, shared.linear_fc1.bias]
+    of_shared += [shared.linear_fc2.weight, shared.linear_fc2.bias]
+    hidden, out = (torch.randn_like(x).requires_grad_() for _ in range(2))
+    leaves = [hidden, out, *own, *of_shared, *moe.router.parameters()]
+
+    def once() -> None:
+        unsummed = Unsummed()
+        outs = after(*(t.flatten(0, 1) for t in (hidden, out)), (*own, *of_shared), 1e-5, unsummed)
+        residual, shared_out, normed, for_router = (t.view_as(x) for t in outs)
+        total = moe.routed(
+            normed,
+            None,
+            shared_out,
+            residual_SBD=residual,
+            router_x_SBD=for_router,
+            unsummed=unsummed,
+        )
+        torch.autograd.grad(total, leaves, grad)
+
+    return graph_ms(once)
+
+
+def floor(student: StudentConfig, tokens: int, *, projected: bool = False) -> dict[str, float]:
     """Least milliseconds by arithmetic and by memory; see the top of this file."""
     D, F, K = student.hidden, student.expert_width, student.experts_per_token
-    macs = tokens * D * (student.experts + 2 * K * F + 2 * student.shared_width)
+    own = D if projected else 0
+    macs = tokens * D * (student.experts + 2 * K * F + 2 * student.shared_width + own)
     weights = 2 * student.experts * D * F * 2
     rows = tokens * K * D * 2
     return {
@@ -215,26 +256,11 @@ def replayed(layer: torch.nn.Module, inputs: tuple[torch.Tensor, torch.Tensor]) 
     x, grad = inputs
     weights = [x, *layer.parameters()]
 
-    def once() -> None:
-        torch.autograd.grad(layer(x)[0], weights, grad)
+    return graph_ms(lambda: torch.autograd.grad(layer(x)[0], weights, grad))
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            once()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        once()
-    times = []
-    for _ in range(20):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return round(statistics.median(times), 3)
+
+def graph_ms(once: Any) -> float:
+    return round(graph_us(once, 20) / 1e3, 3)
 
 
 def kernels(once: Any) -> dict[str, Any]:

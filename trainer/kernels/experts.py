@@ -47,7 +47,7 @@ class DownConfig(NamedTuple):
 
 
 UP = UpConfig(rows=128, step=64, warps=4, stages=3)
-DOWN = DownConfig(rows=128, cols=64, split=1, warps=8, stages=3)
+DOWN = DownConfig(rows=64, cols=64, split=1, warps=4, stages=3)
 
 
 def fused_experts(
@@ -245,7 +245,10 @@ def _down_kernel(
     n, held = tile_rows(tile_start, ends, tile, expert, BLOCK_M)
     gate = tl.load(gates + tl.load(order + held))
     f, d = tl.arange(0, F), tl.arange(0, BLOCK_D)
-    positive = tl.load(z + held.to(tl.int64)[:, None] * F + f[None, :]).to(tl.float32)
+    # A product with ones on the diagonal changes no finite number, and leaves h in the registers from which the next
+    # products take their left factor: out of shared memory, each would read it anew (152 to 140 us, H200).
+    ones = (f[:, None] == f[None, :]).to(z.dtype.element_ty)
+    positive = tl.dot(tl.load(z + held.to(tl.int64)[:, None] * F + f[None, :]), ones)
     positive = tl.maximum(positive, 0.0)
     h = (positive * positive * gate[:, None]).to(z.dtype.element_ty)
     w_cols = weight + expert * D * F + d[None, :] * F + f[:, None]

@@ -61,7 +61,7 @@ class OuterConfig(NamedTuple):
 
 
 INNER = InnerConfig(rows=64, step=64, warps=4, stages=3)
-ROWS = RowsConfig(rows=128, cols=64, split=1, warps=8, stages=3)
+ROWS = RowsConfig(rows=64, cols=64, split=1, warps=4, stages=4)
 OUTER = OuterConfig(cols=128, step=64, warps=8, stages=3, registers=128)
 SIDE = 16  # columns: the narrowest product. A slot has its gate in two bf16 parts, and 1.
 
@@ -221,7 +221,10 @@ def _rows_kernel(
         return
     n, held = tile_rows(tile_start, ends, tile, expert, BLOCK_M)
     f, d = tl.arange(0, F), tl.arange(0, BLOCK_D)
-    z_grad = tl.load(dz + held.to(tl.int64)[:, None] * F + f[None, :])
+    # Into registers, as in experts.down.
+    ones = (f[:, None] == f[None, :]).to(dz.dtype.element_ty)
+    z_grad = tl.dot(tl.load(dz + held.to(tl.int64)[:, None] * F + f[None, :]), ones)
+    z_grad = z_grad.to(dz.dtype.element_ty)
     w_rows = weight + expert * F * D + f[:, None] * D + d[None, :]
     places = dx + n.to(tl.int64)[:, None] * D + d[None, :]
     begin = tl.program_id(0) % SPLIT * (D // SPLIT)

@@ -107,19 +107,18 @@ def _norm_kernel(
     out_sum = tl.zeros((WIDTH,), tl.float32)
     other_sum = tl.zeros((WIDTH,), tl.float32)
     begin = tl.program_id(0) * TOKENS
-    for step in range(0, tl.minimum(TOKENS, T - begin)):
-        t = begin + step
-        cell = t.to(tl.int64) * D + d
-        g = tl.load(grad + cell, mask=inside, other=0.0).to(tl.float32)
-        if GRADS > 1:
-            g += tl.load(second + cell, mask=inside, other=0.0).to(tl.float32)
-        if GRADS > 2:
-            g += tl.load(third + cell, mask=inside, other=0.0).to(tl.float32)
-        for k in tl.static_range(K):
-            row = tl.load(place + t * K + k).to(tl.int64)
-            g += tl.load(rows + row * D + d, mask=inside, other=0.0).to(tl.float32)
-        value = tl.load(h + cell, mask=inside, other=0.0).to(tl.float32)
-        by_other = tl.load(other + cell, mask=inside, other=0.0).to(tl.float32)
+    count = tl.minimum(TOKENS, T - begin)
+    readers = (grad, second, third)
+    ahead = _load_token(readers, rows, place, h, other, begin, GRADS, D, WIDTH, K)
+    for step in range(0, count):
+        # Of the next token, before this one's sums hold up all warps.
+        held, following = ahead, begin + tl.minimum(step + 1, count - 1)
+        ahead = _load_token(readers, rows, place, h, other, following, GRADS, D, WIDTH, K)
+        cell = (begin + step).to(tl.int64) * D + d
+        value, by_other = held[0].to(tl.float32), held[1].to(tl.float32)
+        g = held[2].to(tl.float32)
+        for i in tl.static_range(3, 2 + GRADS + K):
+            g += held[i].to(tl.float32)
         turned = g * w
         # Both sums at once: the mean of turned * normal is scale times that of turned * value.
         square, along = tl.sum(value * value) / D, tl.sum(turned * value) / D
@@ -136,3 +135,31 @@ def _norm_kernel(
     tl.store(to, weight_sum, mask=inside)
     tl.store(to + D, out_sum, mask=inside)
     tl.store(to + 2 * D, other_sum, mask=inside)
+
+
+@triton.jit
+def _load_token(
+    readers,
+    rows,
+    place,
+    h,
+    other,
+    t,
+    GRADS: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    K: tl.constexpr,
+):
+    # h, other, and the gradients of x [WIDTH], as they are stored.
+    d = tl.arange(0, WIDTH)
+    cell, inside = t.to(tl.int64) * D + d, d < D
+    held = (
+        tl.load(h + cell, mask=inside, other=0.0),
+        tl.load(other + cell, mask=inside, other=0.0),
+    )
+    for i in tl.static_range(GRADS):
+        held = held + (tl.load(readers[i] + cell, mask=inside, other=0.0),)  # noqa: RUF005
+    for k in tl.static_range(K):
+        row = tl.load(place + t * K + k).to(tl.int64)
+        held = held + (tl.load(rows + row * D + d, mask=inside, other=0.0),)  # noqa: RUF005
+    return held

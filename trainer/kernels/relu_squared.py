@@ -23,7 +23,7 @@ class ReluConfig(NamedTuple):
     warps: int
 
 
-RELU = ReluConfig(tokens=4, steps=16, warps=4)
+RELU = ReluConfig(tokens=4, steps=8, warps=4)
 
 
 def relu_squared_gradients(
@@ -60,14 +60,25 @@ def _relu_kernel(
 ):
     w = tl.arange(0, WIDTH)
     total = tl.zeros((BLOCK, WIDTH), tl.float32)
-    begin = tl.program_id(0) * BLOCK * STEPS
+    first = tl.program_id(0) * STEPS
+    cells, inside = _cells(first, T, W, WIDTH, BLOCK)
+    ahead_inner = tl.load(inner + cells, mask=inside, other=0.0)
+    ahead_grad = tl.load(grad + cells, mask=inside, other=0.0)
     for step in range(STEPS):
-        t = begin + step * BLOCK + tl.arange(0, BLOCK)
-        inside = (t < T)[:, None] & (w < W)[None, :]
-        cells = t.to(tl.int64)[:, None] * W + w[None, :]
-        positive = tl.maximum(tl.load(inner + cells, mask=inside, other=0.0).to(tl.float32), 0.0)
-        g = tl.load(grad + cells, mask=inside, other=0.0).to(tl.float32) * positive * 2.0
+        positive, g = tl.maximum(ahead_inner.to(tl.float32), 0.0), ahead_grad.to(tl.float32)
+        cells, inside = _cells(first + step + 1, T, W, WIDTH, BLOCK)
+        inside = inside & (step + 1 < STEPS)
+        ahead_inner = tl.load(inner + cells, mask=inside, other=0.0)
+        ahead_grad = tl.load(grad + cells, mask=inside, other=0.0)
+        g *= positive * 2.0
+        cells, inside = _cells(first + step, T, W, WIDTH, BLOCK)
         tl.store(out + cells, g.to(out.dtype.element_ty), mask=inside)
         tl.store(squared + cells, (positive * positive).to(out.dtype.element_ty), mask=inside)
         total += g
     tl.store(sums + tl.program_id(0) * W + w, tl.sum(total, axis=0), mask=w < W)
+
+
+@triton.jit
+def _cells(block, T, W: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    t, w = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
+    return t.to(tl.int64)[:, None] * W + w[None, :], (t < T)[:, None] & (w < W)[None, :]
