@@ -39,7 +39,7 @@ class Launches(NamedTuple):
 # Four warps on 64 queries: more programs of a multiprocessor at once were worth more than larger tiles, on an H200
 # (benchmarks/attention.py).
 WINDOW = Launches(
-    forward=Launch(rows=64, keys=32, warps=4, stages=2),
+    forward=Launch(rows=64, keys=32, warps=4, stages=3),
     queries=Launch(rows=64, keys=32, warps=4, stages=2),
     keys=Launch(rows=64, keys=64, warps=4, stages=2),
 )
