@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from copy import copy, deepcopy
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,7 @@ def second_half(moe: torch.nn.Module, inputs: tuple[torch.Tensor, torch.Tensor])
     from trainer.kernels.norm import Unsummed
     from trainer.megatron.around_attention import after
 
-    (x, grad), moe = inputs, deepcopy(moe)
+    x, grad = inputs
     for parameter in moe.experts.parameters():
         parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
     D, shared = x.shape[-1], moe.shared_experts
@@ -202,7 +202,10 @@ def second_half(moe: torch.nn.Module, inputs: tuple[torch.Tensor, torch.Tensor])
         )
         torch.autograd.grad(total, leaves, grad)
 
-    return graph_ms(once)
+    figure = graph_ms(once)
+    for parameter in moe.experts.parameters():
+        del parameter.main_grad
+    return figure
 
 
 def floor(student: StudentConfig, tokens: int, *, projected: bool = False) -> dict[str, float]:

@@ -247,7 +247,7 @@ def _down_kernel(
     f, d = tl.arange(0, F), tl.arange(0, BLOCK_D)
     # A product with ones on the diagonal changes no finite number, and leaves h in the registers from which the next
     # products take their left factor: out of shared memory, each would read it anew (152 to 140 us, H200).
-    ones = (f[:, None] == f[None, :]).to(z.dtype.element_ty)
+    ones = tl.where(f[:, None] == f[None, :], 1.0, 0.0).to(z.dtype.element_ty)
     positive = tl.dot(tl.load(z + held.to(tl.int64)[:, None] * F + f[None, :]), ones)
     positive = tl.maximum(positive, 0.0)
     h = (positive * positive * gate[:, None]).to(z.dtype.element_ty)

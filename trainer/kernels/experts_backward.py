@@ -222,7 +222,7 @@ def _rows_kernel(
     n, held = tile_rows(tile_start, ends, tile, expert, BLOCK_M)
     f, d = tl.arange(0, F), tl.arange(0, BLOCK_D)
     # Into registers, as in experts.down.
-    ones = (f[:, None] == f[None, :]).to(dz.dtype.element_ty)
+    ones = tl.where(f[:, None] == f[None, :], 1.0, 0.0).to(dz.dtype.element_ty)
     z_grad = tl.dot(tl.load(dz + held.to(tl.int64)[:, None] * F + f[None, :]), ones)
     z_grad = z_grad.to(dz.dtype.element_ty)
     w_rows = weight + expert * F * D + f[:, None] * D + d[None, :]

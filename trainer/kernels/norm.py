@@ -29,7 +29,7 @@ class NormConfig(NamedTuple):
     warps: int
 
 
-NORM = NormConfig(tokens=64, warps=8)
+NORM = NormConfig(tokens=64, warps=4)
 Slotted = tuple[
     torch.Tensor, torch.Tensor
 ]  # rows_ND, and place_TK, where each slot of each token is in them

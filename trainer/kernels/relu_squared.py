@@ -23,7 +23,7 @@ class ReluConfig(NamedTuple):
     warps: int
 
 
-RELU = ReluConfig(tokens=4, steps=8, warps=4)
+RELU = ReluConfig(tokens=2, steps=16, warps=2)
 
 
 def relu_squared_gradients(
