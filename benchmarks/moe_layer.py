@@ -58,9 +58,11 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=sorted(SETTINGS), required=True)
+    parser.add_argument("--tokens", type=int, nargs="*", help="instead of all numbers of tokens")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    settings = SETTINGS[arguments.device]
+    settings = dict(SETTINGS[arguments.device])
+    settings["tokens"] = arguments.tokens or settings["tokens"]
     student = StudentConfig.model_validate(settings["student"])
     report = header(("torch", "megatron-core"), device=arguments.device) | {
         "what": (__doc__ or "").splitlines()[0],

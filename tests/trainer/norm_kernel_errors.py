@@ -13,9 +13,7 @@ WEIGHTS = ("proj", "proj_bias", "norm", "fc1", "fc1_bias", "fc2", "fc2_bias")
 MOE = ("router", "router_bias", "w1", "b1", "w2", "b2")
 
 
-def norm_errors(
-    device: str, tokens: int, hidden: int, topk: int, readers: int
-) -> dict[str, float]:
+def norm_errors(device: str, tokens: int, hidden: int, topk: int, readers: int) -> dict[str, float]:
     """Of `norm_gradients` against fp64 on the same bf16 inputs; topk 0: no rows of slots."""
     from trainer.kernels.norm import norm_gradients
     from trainer.megatron import around_attention

@@ -10,7 +10,7 @@ gathered rows are 268 MB (67 MB different ones).
 
 A tile that enters a product is used for nothing else. Triton 3.6 gives a tile that is also read into registers one
 buffer fewer, but not the asynchronous product that reads it: the next copy overwrites it meanwhile. So sums for the
-biases are products too, with a narrow `side` [N, 16] of ones and gates, and g . b2 is one of all tokens and experts.
+biases are products too, with a narrow `side` [N, 16] of ones and gates, and so is g . b2, of 16 equal columns b2.
 tests/trainer/test_kernel_buffers.py looks for such tiles in what is compiled.
 
 Shapes: T tokens, K slots of each, N = T K slots sorted by expert, E experts, D hidden size, F expert width, L tiles.
@@ -27,7 +27,6 @@ import triton
 import triton.language as tl
 
 from trainer.kernels.dispatch import Slots, TileMaps, known_tiles, tile_rows
-from trainer.kernels.routing import wide_product
 
 
 class InnerConfig(NamedTuple):
@@ -60,7 +59,7 @@ class OuterConfig(NamedTuple):
     registers: int | None = None
 
 
-INNER = InnerConfig(rows=64, step=64, warps=4, stages=3)
+INNER = InnerConfig(rows=64, step=32, warps=4, stages=5, registers=168)
 ROWS = RowsConfig(rows=64, cols=64, split=1, warps=4, stages=4)
 OUTER = OuterConfig(cols=128, step=64, warps=8, stages=3, registers=128)
 SIDE = 16  # columns: the narrowest product. A slot has its gate in two bf16 parts, and 1.
@@ -107,13 +106,13 @@ def inner(
     (E, D, F), N, K = fc2_EDF.shape, z_NF.shape[0], gates_TK.shape[1]
     gates_grad, dz_NF, h_NF = (torch.empty_like(t) for t in (gates_TK, z_NF, z_NF))
     side_NC = z_NF.new_empty(N, SIDE)
-    # Of all experts: 17 GFLOP and 34 MB at the full sizes, and no second use of the rows of g.
-    by_bias_TE = wide_product(g_TD, bias2_ED.t())
+    # A product's width of equal columns: g . b2 is one more product of the rows of g, an eighth as wide.
+    columns_EDC = bias2_ED.unsqueeze(2).expand(E, D, SIDE).contiguous()
     expert_L, start_L = known_tiles(slots, config.rows, known)
     _inner_kernel[(expert_L.numel(),)](
-        *(g_TD, gates_TK, z_NF, fc2_EDF, by_bias_TE, slots.order_N, slots.ends_E),
+        *(g_TD, gates_TK, z_NF, fc2_EDF, columns_EDC, slots.order_N, slots.ends_E),
         *(expert_L, start_L, gates_grad, dz_NF, h_NF, side_NC),
-        *(K, E, D, F, SIDE, config.rows, math.gcd(config.step, D)),
+        *(K, D, F, SIDE, config.rows, math.gcd(config.step, D)),
         num_warps=config.warps,
         num_stages=config.stages,
         maxnreg=config.registers,
@@ -127,7 +126,7 @@ def _inner_kernel(
     gates,
     z,
     weight,
-    by_bias,
+    bias_columns,
     order,
     ends,
     tile_expert,
@@ -137,7 +136,6 @@ def _inner_kernel(
     h,
     side,
     K: tl.constexpr,
-    E: tl.constexpr,
     D: tl.constexpr,
     F: tl.constexpr,
     SIDE: tl.constexpr,
@@ -151,13 +149,17 @@ def _inner_kernel(
     n, held = tile_rows(tile_start, ends, tile, expert, BLOCK_M)
     slot = tl.load(order + held)
     token = (slot // K).to(tl.int64)
-    f, d = tl.arange(0, F), tl.arange(0, BLOCK_D)
+    f, d, c = tl.arange(0, F), tl.arange(0, BLOCK_D), tl.arange(0, SIDE)[None, :]
     g_rows = g + token[:, None] * D + d[None, :]
     w_rows = weight + expert * D * F + d[:, None] * F + f[None, :]
+    b_rows = bias_columns + expert * D * SIDE + d[:, None] * SIDE + c
     total = tl.zeros((BLOCK_M, F), tl.float32)
+    by_bias = tl.zeros((BLOCK_M, SIDE), tl.float32)
     for first in range(0, D, BLOCK_D):
-        total = tl.dot(tl.load(g_rows + first), tl.load(w_rows + first * F), total)
-    gate, own = tl.load(gates + slot), tl.load(by_bias + token * E + expert)
+        rows = tl.load(g_rows + first)
+        total = tl.dot(rows, tl.load(w_rows + first * F), total)
+        by_bias = tl.dot(rows, tl.load(b_rows + first * SIDE), by_bias)
+    gate, own = tl.load(gates + slot), tl.sum(tl.where(c == 0, by_bias, 0.0), axis=1)
     wide, mine = n.to(tl.int64)[:, None], n == held
     inside = mine[:, None]
     # Half of the columns at a time: whole rows took 248 registers, and so one program less of a multiprocessor.
@@ -172,7 +174,6 @@ def _inner_kernel(
         tl.store(h + cells, (squared * gate[:, None]).to(h.dtype.element_ty), mask=inside)
     # Each slot stands once in the order, so each gate's gradient is written once.
     tl.store(gates_grad + slot, own, mask=mine)
-    c = tl.arange(0, SIDE)[None, :]
     high = gate.to(side.dtype.element_ty).to(tl.float32)
     parts = tl.where(c == 0, high[:, None], tl.where(c == 1, (gate - high)[:, None], 0.0))
     parts = tl.where(c == 2, 1.0, parts)

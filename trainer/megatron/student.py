@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from trainer.config import ModelRuntime, ParallelConfig
 from trainer.megatron.attention import CoreAttention
+from trainer.megatron.embedding import SummedEmbedding
 from trainer.megatron.experts import RMSNorm, relu_squared
 from trainer.megatron.fused_layer import CompiledLayer, is_plain, rotation_table
 from trainer.megatron.moe import StudentMoE
@@ -105,7 +106,12 @@ def build_student(
             student.grape_m.log_scale,
             sequence_parallel=config.sequence_parallel,
         )
-    return model if runtime.device == "cpu" else model.cuda()
+    if runtime.device == "cpu":
+        return model
+    model = model.cuda()
+    if runtime.transformer_impl == "compiled" and parallel.tensor == 1:
+        SummedEmbedding(model.embedding.word_embeddings)
+    return model
 
 
 def transformer_config(
