@@ -19,7 +19,7 @@ _CLASSES = (
     ("optimizer", r"multi_tensor|adam|^(gram|polar|rows|apply)_kernel|foreach"),
     ("matrix products", r"nvjet|cutlass|gemm|cublas|splitK"),
     ("reductions", r"reduce_kernel"),
-    ("between products, compiled", r"^triton_"),
+    ("between products", r"^triton_|_(norm|relu)_kernel"),
     ("copies and fills", r"[Mm]em(cpy|set)|copy_kernel|[Ff]ill"),
 )
 
