@@ -25,7 +25,13 @@ import triton.language as tl
 
 from common.errors import ConfigError
 from trainer.kernels import attention_backward as backward_kernels
-from trainer.kernels.attention_backward import LOG2E, Launch, alibi_slope, block_rows
+from trainer.kernels.attention_backward import (
+    LOG2E,
+    Launch,
+    alibi_slope,
+    block_rows,
+    key_walk,
+)
 
 
 class Launches(NamedTuple):
@@ -217,27 +223,22 @@ def _forward_kernel(
     k_row = k + b * k_b + group * k_g + c[None, :]
     v_row = v + b * v_b + group * v_g + c[None, :]
     low_i = tl.load(low + b * S + held)
-    end = tl.minimum(start + BLOCK_M // TURNS, S)
-    begin = tl.load(low + b * S + start) // BLOCK_N * BLOCK_N
+    begin, whole, before, jump, count = key_walk(
+        low + b * S, start, S, BLOCK_M // TURNS, BLOCK_N, SPLIT
+    )
     slope = alibi_slope(head, H, ALIBI)
     shift = slope * LOG2E * (i - start).to(tl.float32)
     top = tl.load(sink + head).to(tl.float32) * LOG2E + shift
     total = tl.full((BLOCK_M,), 1.0, tl.float32)
     acc = tl.zeros((BLOCK_M, C), tl.float32)
     if SPLIT:
-        whole_end = start // BLOCK_N * BLOCK_N
-        whole = tl.minimum(tl.cdiv(tl.load(low + b * S + end - 1), BLOCK_N) * BLOCK_N, whole_end)
         acc, total, top = _sweep(
             *(acc, total, top, q_tile, k_row, v_row, k_s, v_s, i, low_i, start, whole),
-            *((whole_end - whole) // BLOCK_N, 0, 0, S, scale, slope, ALIBI, False, BLOCK_N),
+            *(jump // BLOCK_N, 0, 0, S, scale, slope, ALIBI, False, BLOCK_N),
         )
-        before, jump = (whole - begin) // BLOCK_N, whole_end - whole
-    else:
-        before, jump = 0, 0
     acc, total, top = _sweep(
         *(acc, total, top, q_tile, k_row, v_row, k_s, v_s, i, low_i, start, begin),
-        *(tl.cdiv(end - begin - jump, BLOCK_N), before, jump, S, scale, slope),
-        *(ALIBI, True, BLOCK_N),
+        *(count, before, jump, S, scale, slope, ALIBI, True, BLOCK_N),
     )
     place = out + ((wide * B + b) * H + head[:, None]) * C + c[None, :]
     tl.store(place, (acc / total[:, None]).to(out.dtype.element_ty), mask=live[:, None])

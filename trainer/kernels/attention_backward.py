@@ -130,6 +130,23 @@ def block_rows(S, H: tl.constexpr, G: tl.constexpr, TURNS: tl.constexpr, BLOCK_M
 
 
 @triton.jit
+def key_walk(low_S, start, S, POSITIONS: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr):
+    """(begin, whole, before, jump, count): `count` blocks of keys from `begin` on are walked for POSITIONS queries from
+    `start` on, and after `before` of them `jump` positions left out, which all of these see whole: with SPLIT, those
+    from `whole` on, walked apart.
+    """
+    end = tl.minimum(start + POSITIONS, S)
+    begin = tl.load(low_S + start) // BLOCK_N * BLOCK_N
+    if SPLIT:
+        whole_end = start // BLOCK_N * BLOCK_N
+        whole = tl.minimum(tl.cdiv(tl.load(low_S + end - 1), BLOCK_N) * BLOCK_N, whole_end)
+        before, jump = (whole - begin) // BLOCK_N, whole_end - whole
+    else:
+        whole, before, jump = begin, 0, 0
+    return begin, whole, before, jump, tl.cdiv(end - begin - jump, BLOCK_N)
+
+
+@triton.jit
 def _query_kernel(
     grad, q, k, v, sink, low, out, lse, q_grad, delta, sink_grad, q_s, q_b, q_h, k_s, k_b, k_g,
     v_s, v_b, v_g, S, B, scale, H: tl.constexpr, G: tl.constexpr, C: tl.constexpr,
@@ -154,25 +171,20 @@ def _query_kernel(
     k_row = k + b * k_b + group * k_g + c[None, :]
     v_row = v + b * v_b + group * v_g + c[None, :]
     low_i = tl.load(low + b * S + held)
-    end = tl.minimum(start + BLOCK_M // TURNS, S)
-    begin = tl.load(low + b * S + start) // BLOCK_N * BLOCK_N
+    begin, whole, before, jump, count = key_walk(
+        low + b * S, start, S, BLOCK_M // TURNS, BLOCK_N, SPLIT
+    )
     slope = alibi_slope(head, H, ALIBI)
     lse_i += slope * LOG2E * (i - start).to(tl.float32)
     acc = tl.zeros((BLOCK_M, C), tl.float32)
     if SPLIT:
-        whole_end = start // BLOCK_N * BLOCK_N
-        whole = tl.minimum(tl.cdiv(tl.load(low + b * S + end - 1), BLOCK_N) * BLOCK_N, whole_end)
         acc = _sweep_keys(
             *(acc, q_tile, grad_tile, lse_i, delta_i, k_row, v_row, k_s, v_s, i, low_i, start),
-            *(whole, (whole_end - whole) // BLOCK_N, 0, 0, S, scale, slope, ALIBI, False, BLOCK_N),
+            *(whole, jump // BLOCK_N, 0, 0, S, scale, slope, ALIBI, False, BLOCK_N),
         )
-        before, jump = (whole - begin) // BLOCK_N, whole_end - whole
-    else:
-        before, jump = 0, 0
     acc = _sweep_keys(
         *(acc, q_tile, grad_tile, lse_i, delta_i, k_row, v_row, k_s, v_s, i, low_i, start, begin),
-        *(tl.cdiv(end - begin - jump, BLOCK_N), before, jump, S, scale, slope),
-        *(ALIBI, True, BLOCK_N),
+        *(count, before, jump, S, scale, slope, ALIBI, True, BLOCK_N),
     )
     tl.store(q_grad + place, (acc * scale).to(q_grad.dtype.element_ty), mask=live[:, None])
 

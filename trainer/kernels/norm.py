@@ -30,9 +30,8 @@ class NormConfig(NamedTuple):
 
 
 NORM = NormConfig(tokens=64, warps=4)
-Slotted = tuple[
-    torch.Tensor, torch.Tensor
-]  # rows_ND, and place_TK, where each slot of each token is in them
+# rows_ND, and place_TK, where each slot of each token is in them.
+Slotted = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass
@@ -44,7 +43,7 @@ class Unsummed:
     def take(self) -> Slotted:
         """What was left; once."""
         taken, self.slotted = self.slotted, None
-        assert taken is not None
+        assert taken is not None, "the experts left no gradient in this pass"
         return taken
 
 
