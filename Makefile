@@ -25,8 +25,9 @@ demo: setup
 demo-opd: setup
 	@$(PYTHON) -m demo.opd
 
+# Two at a time, whole files: most of the time goes into processes that start or wait for each other.
 test: setup
-	@$(PYTHON) -m pytest
+	@$(PYTHON) -m pytest -n 2 --dist loadfile
 
 check: setup
 	$(PYTHON) -m ruff format --check .
