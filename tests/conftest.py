@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -16,6 +17,11 @@ from datastore.types import SourceRow
 from demo.sample import write_sample
 
 SAMPLE_ROWS = 400
+
+# A shell without job control starts what runs in its background with SIGINT ignored, and programs under test would
+# inherit that and rightly keep it: tests that send one would wait in vain.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
