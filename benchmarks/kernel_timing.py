@@ -51,3 +51,8 @@ def graph_us(run: Callable[[], Any], repeats: int = 10) -> float:
     figure = median_us(graph.replay, repeats)
     del kept
     return figure
+
+
+def graph_ms(run: Callable[[], Any], repeats: int = 10) -> float:
+    """`graph_us` in milliseconds."""
+    return round(graph_us(run, repeats) / 1e3, 3)

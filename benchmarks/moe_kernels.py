@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernel_timing import BANDWIDTH, FLOPS, attempt, graph_us, median_us
+from benchmarks.kernel_timing import BANDWIDTH, FLOPS, attempt, graph_ms, median_us
 from benchmarks.report import header
 from common.files import write_json
 
@@ -202,8 +202,7 @@ def _whole(tokens: int) -> dict[str, float]:
     def both() -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(forward(), leaves, [grad, shares_grad])
 
-    figures_us = {"forward_ms": graph_us(forward), "forward_backward_ms": graph_us(both)}
-    return {name: round(us / 1e3, 3) for name, us in figures_us.items()}
+    return {"forward_ms": graph_ms(forward), "forward_backward_ms": graph_ms(both)}
 
 
 if __name__ == "__main__":

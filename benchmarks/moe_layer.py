@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernel_timing import graph_us
+from benchmarks.kernel_timing import graph_ms
 from benchmarks.report import header
 from common.files import write_json
 from trainer.config import ModelRuntime, ParallelConfig
@@ -52,6 +52,7 @@ SETTINGS = {
     "cpu": {"student": TINY, "tokens": [512], "precision": "fp32", "repeats": 3},
 }
 ROW = 2048  # tokens of a packed row
+REPLAYS = 20
 
 
 def main() -> None:
@@ -204,7 +205,7 @@ def second_half(moe: torch.nn.Module, inputs: tuple[torch.Tensor, torch.Tensor])
         )
         torch.autograd.grad(total, leaves, grad)
 
-    figure = graph_ms(once)
+    figure = graph_ms(once, REPLAYS)
     for parameter in moe.experts.parameters():
         del parameter.main_grad
     return figure
@@ -261,11 +262,7 @@ def replayed(layer: torch.nn.Module, inputs: tuple[torch.Tensor, torch.Tensor]) 
     x, grad = inputs
     weights = [x, *layer.parameters()]
 
-    return graph_ms(lambda: torch.autograd.grad(layer(x)[0], weights, grad))
-
-
-def graph_ms(once: Any) -> float:
-    return round(graph_us(once, 20) / 1e3, 3)
+    return graph_ms(lambda: torch.autograd.grad(layer(x)[0], weights, grad), REPLAYS)
 
 
 def kernels(once: Any) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from tests.trainer.norm_kernel_errors import (
 from trainer.megatron import around_attention
 
 pytest.importorskip("triton", reason="needs triton")
+from tests.trainer.test_moe_kernels import interpreter  # noqa: F401
+
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"
 )

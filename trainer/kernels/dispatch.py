@@ -213,6 +213,18 @@ def tile_rows(tile_start, ends, tile, expert, BLOCK_M: tl.constexpr):
     return n, tl.minimum(n, tl.load(ends + expert) - 1)
 
 
+@triton.jit
+def into_registers(tile):
+    """The tile [M, F], F at least 16, as fp32, where the next products take their left factor from: in registers.
+
+    A product with ones on the diagonal, which changes no finite number. Out of shared memory, each product would read
+    its left factor anew (experts.down: 152 to 140 us, H200).
+    """
+    f = tl.arange(0, tile.shape[1])
+    ones = tl.where(f[:, None] == f[None, :], 1.0, 0.0).to(tile.dtype)
+    return tl.dot(tile, ones)
+
+
 def sum_slots(
     y_ND: torch.Tensor,
     place_TK: torch.Tensor,

@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from trainer.kernels.dispatch import Slots, TileMaps, known_tiles, tile_rows
+from trainer.kernels.dispatch import Slots, TileMaps, into_registers, known_tiles, tile_rows
 
 
 class InnerConfig(NamedTuple):
@@ -222,9 +222,7 @@ def _rows_kernel(
         return
     n, held = tile_rows(tile_start, ends, tile, expert, BLOCK_M)
     f, d = tl.arange(0, F), tl.arange(0, BLOCK_D)
-    # Into registers, as in experts.down.
-    ones = tl.where(f[:, None] == f[None, :], 1.0, 0.0).to(dz.dtype.element_ty)
-    z_grad = tl.dot(tl.load(dz + held.to(tl.int64)[:, None] * F + f[None, :]), ones)
+    z_grad = into_registers(tl.load(dz + held.to(tl.int64)[:, None] * F + f[None, :]))
     z_grad = z_grad.to(dz.dtype.element_ty)
     w_rows = weight + expert * F * D + f[:, None] * D + d[None, :]
     places = dx + n.to(tl.int64)[:, None] * D + d[None, :]

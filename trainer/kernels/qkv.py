@@ -27,6 +27,7 @@ from trainer.kernels.qkv_heads import (
     Program,
     QKVShape,
     before_norm,
+    head_slot,
     load_factors,
     load_halves,
     load_head,
@@ -225,7 +226,7 @@ def _normed(
     ahead = load_head(x, bias, A_AT, FIRST, R, P)
     for h in range(HEADS):
         held, following = ahead, tl.minimum(h + 1, HEADS - 1)
-        slot = following // PER * SLOTS + FIRST + following % PER
+        slot = head_slot(following, PER, FIRST, SLOTS)
         ahead = load_head(x, bias, A_AT + following * R, slot, R, P)
         left, right = before_norm(held, lefts, rights, R)
         square = tl.sum(left * left + right * right, axis=1, keep_dims=True)

@@ -19,6 +19,7 @@ from trainer.kernels.qkv_heads import (
     Program,
     QKVShape,
     before_norm,
+    head_slot,
     load_factors,
     load_halves,
     load_head,
@@ -160,10 +161,10 @@ def _normed(
     ahead_left = tl.load(grad, mask=valid, other=0.0)
     ahead_right = tl.load(grad + P, mask=valid, other=0.0)
     for h in range(HEADS):
-        slot, held = h // PER * SLOTS + FIRST + h % PER, ahead
+        slot, held = head_slot(h, PER, FIRST, SLOTS), ahead
         g_left, g_right = ahead_left.to(tl.float32), ahead_right.to(tl.float32)
         following = tl.minimum(h + 1, HEADS - 1)
-        ahead_slot = following // PER * SLOTS + FIRST + following % PER
+        ahead_slot = head_slot(following, PER, FIRST, SLOTS)
         ahead = load_head(x, bias, A_AT + following * R, ahead_slot, R, P)
         ahead_left = tl.load(grad + following * grad_h, mask=valid, other=0.0)
         ahead_right = tl.load(grad + following * grad_h + P, mask=valid, other=0.0)
@@ -293,7 +294,8 @@ def _store_sum(at, x):
     # The sum over tokens, by the threads that hold the first one: nothing moves to threads of another layout.
     m, p = tl.arange(0, x.shape[0])[:, None], tl.arange(0, x.shape[1])[None, :]
     of_all = tl.broadcast_to(tl.sum(x, axis=0, keep_dims=True), x.shape)
-    tl.store(at + p + 0 * m, of_all, mask=(p >= 0) & (m == 0))
+    places, first = tl.broadcast_to(at + p, x.shape), tl.broadcast_to(m == 0, x.shape)
+    tl.store(places, of_all, mask=first)
 
 
 @triton.jit

@@ -76,6 +76,12 @@ def load_factors(x, B_AT: tl.constexpr, R: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
+def head_slot(h, PER: tl.constexpr, FIRST: tl.constexpr, SLOTS: tl.constexpr):
+    """Of head h: PER heads a group of SLOTS heads, from the group's head FIRST on."""
+    return h // PER * SLOTS + FIRST + h % PER
+
+
+@triton.jit
 def load_head(x, bias, a_at, slot, R: tl.constexpr, P: tl.constexpr):
     """What `before_norm` makes the head at `slot` of [q .. q k v | q .. q k v | ..] of, as it is stored: both halves of
     the projection or, with TPA, of the bias, and R numbers a [M, 1].
@@ -83,6 +89,7 @@ def load_head(x, bias, a_at, slot, R: tl.constexpr, P: tl.constexpr):
     Loops over heads load that of the next head before they compute one: a load takes longer than a head's arithmetic.
     """
     p = tl.arange(0, P)
+    # For all M tokens: a load of [1, P] has a layout of its own, and a head's numbers would be moved into it and back.
     at = (x if R == 0 else tl.broadcast_to(bias, x.shape)) + slot * 2 * P + p[None, :]
     held = (tl.load(at), tl.load(at + P))
     for r in tl.static_range(R):

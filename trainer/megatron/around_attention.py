@@ -18,11 +18,14 @@ Shapes: T tokens, D hidden, X columns of the projection, A attention's output, W
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from trainer.megatron.compiled import compiled
+
+if TYPE_CHECKING:  # triton is on CUDA alone
+    from trainer.kernels.norm import Slotted, Unsummed
 
 _linear = torch.nn.functional.linear
 Grads = tuple[torch.Tensor, ...]
@@ -93,7 +96,7 @@ def after_gradients(
     residual_grad_TD: torch.Tensor,
     shared_grad_TD: torch.Tensor,
     x_grads: tuple[torch.Tensor, ...],
-    slotted: tuple[torch.Tensor, torch.Tensor] | None,
+    slotted: Slotted | None,
     kept: tuple[torch.Tensor, ...],
     weights: tuple[torch.Tensor, ...],
     eps: float,
@@ -129,7 +132,7 @@ def norm_gradients(
     grads: list[torch.Tensor],
     other_TD: torch.Tensor,
     eps: float,
-    slotted: tuple[torch.Tensor, torch.Tensor] | None = None,
+    slotted: Slotted | None = None,
     *,
     normed: bool = False,
 ) -> OfNorm:
@@ -212,7 +215,7 @@ def after(
     out_TA: torch.Tensor,
     weights: tuple[torch.Tensor, ...],
     eps: float,
-    unsummed: Any = None,
+    unsummed: Unsummed | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(residual, shared, x, x once more): `after_attention` compiled, x for two readers; tokens in one axis.
 
@@ -255,7 +258,7 @@ class _After(torch.autograd.Function):
         hidden_TD: torch.Tensor,
         out_TA: torch.Tensor,
         eps: float,
-        unsummed: Any,
+        unsummed: Unsummed | None,
         *weights: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         residual_TD, shared_TD, x_TD, inner_TW = compiled(after_attention)(
@@ -263,9 +266,8 @@ class _After(torch.autograd.Function):
         )
         ctx.save_for_backward(out_TA, x_TD, residual_TD, inner_TW, *weights)
         ctx.eps, ctx.unsummed = eps, unsummed
-        ctx.set_materialize_grads(
-            False
-        )  # of readers that there are not, or that left theirs elsewhere
+        # No zeros for readers that there are not, or that left theirs elsewhere.
+        ctx.set_materialize_grads(False)
         return residual_TD, shared_TD, x_TD, x_TD.detach()
 
     @staticmethod

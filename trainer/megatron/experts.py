@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -25,6 +25,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from trainer.megatron.dispatch import Slots, gather_gates, gather_rows, sort_slots, sum_slots
+
+if TYPE_CHECKING:  # triton is on CUDA alone
+    from trainer.kernels.norm import Unsummed
 
 Compute = Literal["triton", "loop"]
 
@@ -62,7 +65,7 @@ class RoutedExperts(MegatronModule):
         gates_TK: torch.Tensor,
         slots: Slots,
         *bases_TD: torch.Tensor,
-        unsummed: Any = None,
+        unsummed: Unsummed | None = None,
     ) -> torch.Tensor:
         """The sum of bases, at most two, and of the gated outputs of every token's slots, [T, D]; slots: of `sort`.
 

@@ -16,7 +16,7 @@ Shapes: S positions, B rows, D hidden, H query heads, G key-value heads, C head 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -32,6 +32,9 @@ from trainer.megatron.attention import PackedRows, alibi, dense_attention
 from trainer.megatron.moe import StudentMoE
 from trainer.megatron.self_attention import ValueResidualAttention, ValueResidualLayer
 from trainer.megatron.tpa import TPAProjection
+
+if TYPE_CHECKING:  # triton is on CUDA alone
+    from trainer.kernels.norm import Unsummed
 
 Weights = dict[str, torch.Tensor]
 _FACTORS = ("a_query", "a_key", "a_value", "b_query", "b_key", "b_value")
@@ -117,7 +120,7 @@ def fused_half(
     rows: PackedRows,
     *,
     shape: LayerShape,
-    unsummed: Any = None,
+    unsummed: Unsummed | None = None,
 ) -> Halfway:
     """`attention_half` on CUDA in bf16: compiled functions before and after attention, two kernels between them.
 
@@ -289,7 +292,7 @@ class CompiledLayer(ValueResidualLayer):
         )
         return out_SBD, context if half.value_SBGC is None else half.value_SBGC
 
-    def _unsummed(self) -> Any:
+    def _unsummed(self) -> Unsummed | None:
         """For one pass; None where the experts are not all here, or leave nothing there."""
         moe = self.mlp
         here = isinstance(moe, StudentMoE) and moe.ep_group.size() == 1

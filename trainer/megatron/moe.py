@@ -17,7 +17,7 @@ Shapes: S, B, D hidden states, T = S * B tokens, K slots a token, N rows, E expe
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from trainer.megatron.dispatch import gather_gates, gather_rows, sum_slots
 from trainer.megatron.experts import Compute, RoutedExperts, SharedExpert
 from trainer.megatron.router import StudentRouter
+
+if TYPE_CHECKING:  # triton is on CUDA alone
+    from trainer.kernels.norm import Unsummed
 
 
 class StudentMoE(MegatronModule):
@@ -69,7 +72,7 @@ class StudentMoE(MegatronModule):
         *,
         residual_SBD: torch.Tensor | None = None,
         router_x_SBD: torch.Tensor | None = None,
-        unsummed: Any = None,
+        unsummed: Unsummed | None = None,
     ) -> torch.Tensor:
         """shared + residual, if there is one, + what the routed experts make of x, [S, B, D].
 

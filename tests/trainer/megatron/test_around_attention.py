@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.trainer.norm_kernel_errors import WEIGHTS
 from trainer.megatron import around_attention
 from trainer.megatron.around_attention import after, after_attention, before, before_attention
 
 T, D, A, W, EPS = 7, 12, 10, 5, 1e-5
-NAMES = ("proj", "proj_bias", "norm", "fc1", "fc1_bias", "fc2", "fc2_bias")
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +79,8 @@ def test_gradients_in_bf16_are_rounded_once_where_they_leave() -> None:
         outs = after(leaves[0], leaves[1], tuple(leaves[2:]), EPS)
         cast = tuple(g.to(o.dtype) for g, o in zip(grads, outs, strict=True))
         of[name] = torch.autograd.grad(outs, leaves, cast)
-    for name, one, other in zip(("hidden", "out", *NAMES), of["narrow"], of["exact"], strict=True):
+    for name, one, other in zip(
+        ("hidden", "out", *WEIGHTS), of["narrow"], of["exact"], strict=True
+    ):
         assert one.dtype == torch.bfloat16
         assert (one.double() - other).norm() < 1.5e-2 * other.norm(), name
