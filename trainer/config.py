@@ -20,6 +20,8 @@ class ParallelConfig(Config):
     """How one model is spread over processes; data parallelism is what remains of the world size.
 
     tensor: TP size, with sequence_parallel when above 1. expert: EP size, a part of the data-parallel ranks.
+    distributed_optimizer: ranks that hold the same routed experts share them out for the optimizer, its states and fp32
+    weights included; the experts of a rank must be a multiple of those ranks.
     Which layouts run: trainer/megatron/topology.py, `check_layout`.
     """
 

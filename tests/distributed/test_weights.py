@@ -13,6 +13,7 @@ from tests.trainer.megatron.tiny import SEQ_LEN, micro_batches, step, tiny_confi
 
 EXPERT = {"expert": 2}
 TENSOR = {"tensor": 2, "expert": 2, "sequence_parallel": True}
+SHARDS = {"distributed_optimizer": True}
 
 
 def _trained(_rank: int, folder: str, changes: dict[str, Any], steps: list[int]) -> dict:
@@ -51,17 +52,23 @@ def _loaded(_rank: int, folder: str, changes: dict[str, Any], bare: bool, at: in
         progress = load_weights(Path(folder), student, step=at)
         rounded = {
             name: bool((p.main_param.to(p.dtype) == p).all())
-            for name, p in student.named_parameters()
+            for name, p in held(student)
             if hasattr(p, "main_param")
         }
         return exact(student, topology) | {"step": progress.step, "rounded": rounded}
 
 
+def held(student: Any) -> list[tuple[str, Any]]:
+    """What this rank's optimizer holds of every parameter: of experts that ranks share out, its shard."""
+    from trainer.megatron.expert_shards import shard_of
+
+    return [(name, shard_of(p)) for name, p in student.named_parameters()]
+
+
 def exact(student: Any, topology: Any) -> dict[str, Any]:
     """Weights of this rank as fp32, masters where there are any, and the balancing biases, with the axis of a shard."""
     values = {
-        name: getattr(p, "main_param", p).detach().float().numpy()
-        for name, p in student.named_parameters()
+        name: getattr(p, "main_param", p).detach().float().numpy() for name, p in held(student)
     }
     biases = {
         name: b.float().numpy() for name, b in student.named_buffers() if "expert_bias" in name
@@ -69,7 +76,7 @@ def exact(student: Any, topology: Any) -> dict[str, Any]:
     axes = {
         name: p.partition_dim
         for name, p in student.named_parameters()
-        if (topology.ep_size > 1 and ".experts." in name)
+        if ((topology.ep_size > 1 or student.expert_shards) and ".experts." in name)
         or (topology.tp_size > 1 and getattr(p, "tensor_model_parallel", False))
     }
     return {"weights": values | biases, "axes": axes}
@@ -112,6 +119,17 @@ def test_a_bf16_run_starts_from_the_masters(bf16) -> None:
     got = run_gloo(_loaded, 1, str(folder), {"precision": "bf16"}, False, None)[0]
     _assert_equal(got["weights"], weights)
     assert len(got["rounded"]) > 30 and all(got["rounded"].values())
+
+
+def test_shards_of_experts_start_from_the_masters_and_from_fp32(bf16, tmp_path) -> None:
+    folder, weights = bf16
+    changes = {"precision": "bf16", "parallel": SHARDS}
+    got = run_gloo(_loaded, 2, str(folder), changes, False, None)
+    _assert_equal(_whole(got), weights)
+    assert all(len(rank["rounded"]) > 30 and all(rank["rounded"].values()) for rank in got)
+    trained = run_gloo(_trained, 2, str(tmp_path), {"parallel": SHARDS}, [1])
+    again = run_gloo(_loaded, 2, str(tmp_path), changes, False, None)
+    _assert_equal(_whole(again), _whole(trained))
 
 
 def test_a_step_that_is_not_there_is_refused_with_those_that_are(bf16) -> None:

@@ -83,7 +83,6 @@ def test_what_cannot_run_is_refused(override, said) -> None:
         {"tensor": 2, "sequence_parallel": True},
         {"tensor": 2, "expert": 2},
         {"sequence_parallel": True},
-        {"distributed_optimizer": True},
     ],
 )
 def test_unsupported_layouts_are_refused(layout) -> None:

@@ -22,6 +22,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from trainer.checkpoints import Progress, find_checkpoint, read_checkpoint
+from trainer.megatron.expert_shards import sharded_parts
 from trainer.megatron.step import Trainer
 from trainer.megatron.topology import Topology
 
@@ -64,7 +65,9 @@ def _state(trainer: Trainer, *, loading: bool, with_random: bool) -> dict[str, A
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
     model = trainer.student.sharded_state_dict(metadata=metadata)
-    optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
+    optimizer = trainer.optimizer.sharded_state_dict(
+        sharded_parts(model), is_loading=loading, metadata=metadata
+    )
     return {"model": model, "optimizer": optimizer} | (
         {"random": _random_object(trainer.topology)} if with_random else {}
     )

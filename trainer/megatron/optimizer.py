@@ -11,8 +11,8 @@ EP sizes ("Expected 2 entries in state dict, but got 4"). Here a parameter's ent
                       (optimizer/optimizer.py:812 maps float16_groups only)
 
 Without `optimizer.normuon` AdamW takes the matrices too. An entry without parameters is left out; that depends on the
-config, never on the layout. Gradient norms of experts are summed over their own model-parallel group, those of the rest
-over theirs; otherwise ranks would clip differently under EP.
+config, never on the layout. Gradient norms of experts are summed over their own model-parallel group (over all ranks
+where each owns some: expert_shards.py), those of the rest over theirs; otherwise ranks would clip differently under EP.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params,
 
 from common.errors import ConfigError
 from trainer.config import RunConfig
+from trainer.megatron.expert_shards import shard_of
 from trainer.normuon import NorMuon
 
 
@@ -62,7 +63,7 @@ def build_optimizer(config: RunConfig, model: torch.nn.Module) -> ChainedOptimiz
     named: dict[Entry, dict[str, torch.nn.Parameter]] = {entry: {} for entry in ENTRIES}
     for name, parameter in model.named_parameters():
         entry = _entry(config, name, parameter)
-        named[entry][name] = parameter
+        named[entry][name] = shard_of(parameter)
         if config.precision == "bf16" and (parameter.dtype == torch.float32) != entry.fp32:
             raise ConfigError(
                 f"parameter {name} of a bf16 model",
@@ -165,13 +166,18 @@ def _wrapped(
     else:
         whole = _FP32WithRows if entry.normuon else _FP32WithStep
         wrapped = whole(plain, megatron, init)
-    wrapped.grad_stats_parallel_group = (
-        parallel_state.get_expert_tensor_model_pipeline_parallel_group()
-        if entry.experts
-        else parallel_state.get_model_parallel_group()
-    )
+    wrapped.grad_stats_parallel_group = _norm_group(config, entry)
     wrapped.tp_group = parallel_state.get_tensor_model_parallel_group()
     return wrapped
+
+
+def _norm_group(config: RunConfig, entry: Entry) -> dist.ProcessGroup:
+    """The ranks whose parameters of this entry make up the model's."""
+    if not entry.experts:
+        return parallel_state.get_model_parallel_group()
+    if config.parallel.distributed_optimizer:
+        return dist.group.WORLD
+    return parallel_state.get_expert_tensor_model_pipeline_parallel_group()
 
 
 def _normuon(config: RunConfig, groups: list[dict[str, Any]]) -> NorMuon:

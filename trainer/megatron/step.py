@@ -2,9 +2,9 @@
 
 Scaling. The loss of a micro-batch is a sum with coefficients 1 / N_s, N_s the span's positions in the whole global
 batch, so micro-batches and ranks simply add. Megatron divides instead: pipeline_parallel/schedules.py:253 by the
-number of micro-batches M, distributed/distributed_data_parallel.py by the data-parallel size D (expert gradients
-too, whose sum over EP is made by the dispatcher). So the loss handed over is multiplied by M * D. The router's
-balance loss is a mean over rows and takes both divisions as they are (schedules.py:277, MoEAuxLossAutoScaler).
+number of micro-batches M, ddp.py by the data-parallel size D (expert gradients too, whose sum over EP is made by the
+dispatcher). So the loss handed over is multiplied by M * D. The router's balance loss is a mean over rows and takes
+both divisions as they are (schedules.py:277, MoEAuxLossAutoScaler).
 """
 
 from __future__ import annotations
@@ -17,21 +17,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from trainer.batch import Batch
-from trainer.config import KDConfig, RunConfig
+from trainer.config import KDConfig
 from trainer.losses.chunk import WHOLE_VOCAB, VocabShard
 from trainer.losses.objective import batch_loss, evaluate_batch
 from trainer.losses.policy import PolicyLossConfig, num_without_targets, require_targets
 from trainer.losses.report import loss_metrics
 from trainer.losses.spans import span_counts
 from trainer.megatron.attention import PackedRows
+from trainer.megatron.ddp import with_ddp
 from trainer.megatron.diverged import diverged
 from trainer.megatron.graphs import GraphedLayers
 from trainer.megatron.optimizer import build_optimizer, clip_gradients, gradient_norm
@@ -58,13 +57,17 @@ class Trainer:
     def __init__(self, config: KDConfig | OPDConfig, topology: Topology, seq_len: int) -> None:
         self.config, self.topology = config, topology
         self.student = build_student(config.student, config, config.parallel, seq_len)
-        self.model = _with_ddp(self.student, config)
+        self.model = with_ddp(self.student, config)
         self.optimizer = build_optimizer(config, self.model)
         self.routers = [
             module for module in self.student.modules() if isinstance(module, StudentRouter)
         ]
         self.shard = _vocab_shard(self.student, topology)
-        self._graphed = GraphedLayers(self.student.decoder) if config.cuda_graph else None
+        self._graphed = (
+            GraphedLayers(self.student.decoder, self.model.backward_queued)
+            if config.cuda_graph
+            else None
+        )
         self.student.config.finalize_model_grads_func = self._finalize
         self._schedule = get_forward_backward_func()
 
@@ -201,7 +204,8 @@ class Trainer:
         """The step's gradients and its sums [C, M] once more, of this rank alone; routers are left as they were."""
         self.model.zero_grad_buffer()
         self.student.config.finalize_model_grads_func = lambda *arguments, **keywords: None
-        sums_CM = self._forward_backward(micro_batches, counts, Clock(self.topology.device))
+        with self.model.unsummed():
+            sums_CM = self._forward_backward(micro_batches, counts, Clock(self.topology.device))
         self.student.config.finalize_model_grads_func = self._finalize
         self._forget_routing()
         return sums_CM
@@ -212,6 +216,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_mult"]
         self.optimizer.step_with_ready_grads()
+        if self.student.expert_shards is not None:
+            self.student.expert_shards.gather_weights()
 
     def _require_targets(self, micro_batches: Sequence[Batch]) -> None:
         """Every rank counts all ranks' tokens, so that all raise together."""
@@ -262,14 +268,6 @@ class Clock:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
-
-
-def _with_ddp(student: Student, config: RunConfig) -> DistributedDataParallel:
-    module = Float16Module(student.config, student) if config.precision == "bf16" else student
-    ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=False
-    )
-    return DistributedDataParallel(student.config, ddp, module)
 
 
 def _num_rows(batch: Batch) -> torch.Tensor:

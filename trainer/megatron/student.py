@@ -27,6 +27,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from trainer.config import ModelRuntime, ParallelConfig
 from trainer.megatron.attention import CoreAttention
 from trainer.megatron.embedding import SummedEmbedding
+from trainer.megatron.expert_shards import ExpertShards
 from trainer.megatron.experts import RMSNorm, relu_squared
 from trainer.megatron.fused_layer import CompiledLayer, is_plain, rotation_table
 from trainer.megatron.moe import StudentMoE
@@ -57,10 +58,12 @@ class Student(GPTModel):
     """GPTModel whose forward ends at the final norm: it returns [S, B, D], under sequence parallelism this rank's S.
 
     The lm_head is `output_layer.weight` [V / TP, D], untied from the embedding; losses multiply by it in chunks, so
-    logits [S, B, V] never exist. takes_table: its layers are CompiledLayers.
+    logits [S, B, V] never exist. takes_table: its layers are CompiledLayers. expert_shards: where the optimizer's ranks
+    share experts out (ddp.py).
     """
 
     takes_table = False
+    expert_shards: ExpertShards | None = None
 
     def _preprocess(self, *arguments: Any, packed_seq_params: Any, **keywords: Any) -> tuple:
         """Rows that say their positions are rotated by these, from the same table of angles as all others."""

@@ -89,11 +89,6 @@ def check_layout(parallel: ParallelConfig) -> None:
             "parallel.sequence_parallel with parallel.tensor = 1",
             "set parallel.sequence_parallel=false",
         ),
-        (
-            parallel.distributed_optimizer,
-            "parallel.distributed_optimizer (its 0.16.1 resume shares one step counter among all parameters)",
-            "set it to false; parallel.expert spreads the expert states",
-        ),
     ]
     _refuse(refused)
 

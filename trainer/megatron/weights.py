@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from trainer.checkpoints import Progress, find_checkpoint, read_checkpoint
 from trainer.init_from import Shape, WeightPlan, plan_weights
+from trainer.megatron.expert_shards import sharded_parts
 from trainer.megatron.student import Student
 
 _OPTIMIZER = "optimizer."
@@ -62,7 +63,8 @@ def student_shapes(student: Student) -> dict[str, Shape]:
 def read_weights(path: Path, student: Student, names: Iterable[str]) -> None:
     """Copy these weights from the checkpoint. Every rank calls it with the same names."""
     stored, chosen = dist_checkpointing.load_tensors_metadata(str(path)).keys(), set(names)
-    tensors = {name: tensor for name, tensor in _tensors(student).items() if name in chosen}
+    of_student = {name: tensor for name, tensor in _tensors(student).items() if name in chosen}
+    tensors = sharded_parts(of_student)
     wanted = {}
     for name, tensor in tensors.items():
         target = getattr(tensor.data, "main_param", tensor.data)
@@ -74,6 +76,8 @@ def read_weights(path: Path, student: Student, names: Iterable[str]) -> None:
     for name, tensor in tensors.items():
         for target in (getattr(tensor.data, "main_param", tensor.data), tensor.data):
             target.copy_(loaded[name])
+    if student.expert_shards is not None:
+        student.expert_shards.gather_weights()
 
 
 def _tensors(student: Student) -> dict[str, ShardedTensor]:

@@ -93,8 +93,13 @@ def step(trainer: Any, batches: list[Batch], rate: float) -> Any:
 
 
 def main_gradients(trainer: Any) -> dict[str, np.ndarray]:
-    """The gradient of every parameter after a step, as the optimizer saw it."""
-    return {name: p.main_grad.double().numpy() for name, p in trainer.student.named_parameters()}
+    """The gradient of every parameter after a step, as the optimizer of this rank saw it."""
+    from trainer.megatron.expert_shards import shard_of
+
+    return {
+        name: shard_of(p).main_grad.double().numpy()
+        for name, p in trainer.student.named_parameters()
+    }
 
 
 def built_student(student: dict[str, Any], **runtime: Any) -> Any:
