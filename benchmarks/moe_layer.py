@@ -127,7 +127,7 @@ def make_layers(student: StudentConfig, precision: Any, device: Any) -> dict[str
                 slots: Any = Slots(order_N, order_N.unsqueeze(1), rows_E, ends_E, longest_E)
             else:
                 expert_N = torch.repeat_interleave(rows_E, output_size=len(x_ND))
-                slots = self.sort(expert_N.unsqueeze(1), len(rows_E))
+                slots = self.sort(expert_N.unsqueeze(1))
             return super().forward(x_ND, gate_N.unsqueeze(1).float(), slots), None
 
     class Shared(SharedExpert):

@@ -63,6 +63,15 @@ def test_experts_equal_plain_fp64(tokens, topk, base) -> None:
         assert error <= 1, name
 
 
+@pytest.mark.parametrize("first", [0, 128])
+def test_half_of_the_experts_equals_plain_fp64(first) -> None:
+    """As with expert parallelism: the other half is elsewhere."""
+    experts_TK, sizes = _experts(3000, 4), (128, 1024, 128)
+    assert not any(dispatch_errors("cuda", experts_TK, 128, first).values())
+    for name, error in expert_errors("cuda", experts_TK, sizes, first=first).items():
+        assert error <= 1, name
+
+
 def test_gradients_are_added_to_sums_unrounded() -> None:
     for name, error in sum_errors("cuda", _experts(3000, 4), SIZES).items():
         assert error <= 1, name

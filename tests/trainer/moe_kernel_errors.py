@@ -120,20 +120,27 @@ def routing_errors(
     return errors | {name: gap(one, other) / 3e-3 for name, one, other in pairs}
 
 
-def dispatch_errors(device: str, experts_TK: torch.Tensor, num_experts: int) -> dict[str, float]:
-    """How many entries of order, place, rows, ends, longest, and of the tiles of 64 rows, are wrong."""
+def dispatch_errors(
+    device: str, experts_TK: torch.Tensor, num_experts: int, first: int | None = None
+) -> dict[str, float]:
+    """How many entries of order, place, rows, ends, longest, held, and of the tiles of 64 rows, are wrong."""
     from trainer.kernels.dispatch import sort_slots, tiles
 
     experts_TK = experts_TK.to(device, torch.int32)
-    slots, keys = sort_slots(experts_TK, num_experts), experts_TK.flatten().long()
+    slots, keys = sort_slots(experts_TK, num_experts, first), experts_TK.flatten().long()
+    if first is not None:
+        keys = keys - first
+        keys[(keys < 0) | (keys >= num_experts)] = num_experts
     order = keys.argsort(stable=True)
-    rows = keys.bincount(minlength=num_experts)
+    rows = keys.bincount(minlength=num_experts)[:num_experts]
+    held = len(keys) if slots.held_1 is None else int(slots.held_1)
     wrong = {
         "order": slots.order_N != order,
         "place": slots.place_TK.flatten()[order] != torch.arange(len(keys), device=device),
         "rows": slots.rows_E != rows,
         "ends": slots.ends_E != rows.cumsum(0),
         "longest": slots.longest_E != rows.argsort(descending=True, stable=True),
+        "held": (rows.sum() != held).unsqueeze(0),
     }
     tile_expert, tile_start = tiles(slots.rows_E, 64, len(keys))
     begin = (rows.cumsum(0) - rows).tolist()
@@ -149,11 +156,12 @@ def plain_experts(
     experts_TK: torch.Tensor,
     base_TD: torch.Tensor | None,
     *weights: torch.Tensor,
+    first: int = 0,
 ) -> torch.Tensor:
-    """base + sum_k gate (W2 relu(W1 x + b1)^2 + b2), expert by expert."""
+    """base + sum_k gate (W2 relu(W1 x + b1)^2 + b2), expert by expert from `first` on."""
     out = torch.zeros_like(x_TD) if base_TD is None else base_TD
     for expert, (w1, b1, w2, b2) in enumerate(zip(*weights, strict=True)):
-        token, slot = torch.nonzero(experts_TK == expert, as_tuple=True)
+        token, slot = torch.nonzero(experts_TK == first + expert, as_tuple=True)
         inner = (x_TD[token] @ w1.t() + b1).relu().square()
         out = out.index_add(0, token, gates_TK[token, slot].unsqueeze(1) * (inner @ w2.t() + b2))
     return out
@@ -177,14 +185,14 @@ NAMES = ("out", "x", "gates", "base", "fc1", "bias1", "fc2", "bias2")
 
 
 def expert_results(
-    leaves: list[Any], experts_TK: torch.Tensor, num_experts: int
+    leaves: list[Any], experts_TK: torch.Tensor, num_experts: int, first: int | None = None
 ) -> dict[str, torch.Tensor]:
-    """Output and gradients of `fused_experts` for a drawn gradient of the output."""
+    """Output and gradients of `fused_experts` for a drawn gradient of the output; first: as of `sort_slots`."""
     from trainer.kernels.dispatch import sort_slots
     from trainer.kernels.experts import fused_experts
 
     x, gates, base, *weights = leaves
-    slots = sort_slots(experts_TK.to(x.device, torch.int32), num_experts)
+    slots = sort_slots(experts_TK.to(x.device, torch.int32), num_experts, first)
     out = fused_experts(x, gates, slots, [] if base is None else [base], *weights)
     return _named(leaves, out)
 
@@ -198,15 +206,24 @@ def _named(leaves: list[Any], out: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def expert_errors(
-    device: str, experts_TK: torch.Tensor, sizes: tuple[int, int, int], *, base: bool = True
+    device: str,
+    experts_TK: torch.Tensor,
+    sizes: tuple[int, int, int],
+    *,
+    base: bool = True,
+    first: int | None = None,
 ) -> dict[str, float]:
-    """Of the output and every gradient, over BF16; infinite where an expert without rows has a gradient."""
+    """Of the output and every gradient, over BF16; infinite where an expert without rows has a gradient.
+
+    first: the sizes' experts are those from there on, of more.
+    """
     leaves = expert_inputs(device, experts_TK, sizes, base=base)
     wides = [None if t is None else t.detach().double().requires_grad_() for t in leaves]
     experts_TK = experts_TK.to(device)
-    want = _named(wides, plain_experts(*wides[:2], experts_TK, *wides[2:]))
-    got = expert_results(leaves, experts_TK, sizes[0])
-    idle = experts_TK.flatten().long().bincount(minlength=sizes[0]) == 0
+    want = _named(wides, plain_experts(*wides[:2], experts_TK, *wides[2:], first=first or 0))
+    got = expert_results(leaves, experts_TK, sizes[0], first)
+    rows = experts_TK.flatten().long().bincount(minlength=(first or 0) + sizes[0])
+    idle = rows[first or 0 :][: sizes[0]] == 0
     errors = {name: gap(got[name], want[name]) / BF16 for name in want}
     for name in ("fc1", "bias1", "fc2", "bias2"):
         if bool((got[name][idle] != 0).any()) or got[name].dtype != torch.bfloat16:

@@ -102,7 +102,6 @@ _TENSOR = ("parallel.tensor=2", "parallel.expert=2", "parallel.sequence_parallel
         ((*_TENSOR, "student.kv_groups=1"), r"student\.kv_groups=1.*divisor"),
         (("parallel.expert=3",), r"student\.experts=256.*divisor"),
         ((*_TENSOR, "optimizer.normuon=null"), r"compiled with parallel\.tensor=2.*=local"),
-        (("parallel.expert=2",), r"cuda_graph with parallel\.expert=2.*cuda_graph=false"),
     ],
 )
 def test_parts_of_the_student_are_refused_in_layouts_where_they_do_not_work(

@@ -112,6 +112,11 @@ def test_slots_and_tiles_equal_a_stable_sort(experts_TK) -> None:
     assert not any(dispatch_errors("cpu", experts_TK, 8).values())
 
 
+@pytest.mark.parametrize("first", [0, 2, 5])
+def test_slots_of_experts_elsewhere_stand_last(first) -> None:
+    assert not any(dispatch_errors("cpu", _experts(300, 4), 3, first).values())
+
+
 def test_no_slots() -> None:
     from trainer.kernels.dispatch import sort_slots
 
@@ -127,6 +132,18 @@ def test_experts_equal_plain_fp64(tokens, topk, base) -> None:
     assert len(errors) == 7 + base
     for name, error in errors.items():
         assert error <= 1, name
+
+
+@pytest.mark.parametrize("first", [0, 2, 5])
+def test_some_of_the_experts_equal_plain_fp64(first) -> None:
+    """The last of those from 5 on gets no rows; gates of experts elsewhere get zeros."""
+    experts_TK = _experts(150, 4)
+    for name, error in expert_errors("cpu", experts_TK, (3, 64, 16), first=first).items():
+        assert error <= 1, name
+    leaves = expert_inputs("cpu", experts_TK, (3, 64, 16))
+    got = expert_results(leaves, experts_TK, 3, first)
+    elsewhere = (experts_TK < first) | (experts_TK >= first + 3)
+    assert bool((got["gates"][elsewhere] == 0).all()) and bool((got["gates"] != 0).any())
 
 
 def test_a_second_base_is_added_before_rounding() -> None:

@@ -5,6 +5,9 @@ slots, one running sum over [experts, blocks], ranks inside a block by comparing
 atomics, so two runs give the same bits; nothing waits for the device and all sizes are known beforehand, so a CUDA
 graph can hold it.
 
+Where ranks share experts, a rank sorts the slots of all tokens, and those of experts elsewhere stand last: no kernel
+has a row for them, no sum reads one.
+
 Shapes: T tokens, K slots of each, N = T K slots, E experts, D hidden size, L tiles.
 """
 
@@ -25,7 +28,7 @@ _SORT_BLOCK = (
 )
 _TILES_BLOCK = 64
 _LONGEST_BLOCK = 32  # experts that all are compared with at a time
-# Numbers of rows are not specialised: with expert parallelism they change every step, and each kind would be compiled.
+# Numbers of rows are not specialised: sampling and training have others, and each kind would be compiled.
 
 
 TileMap = tuple[torch.Tensor, torch.Tensor]  # see `tiles`
@@ -47,7 +50,8 @@ class Slots(NamedTuple):
 
     order_N: the slots t * K + k by expert, those of one expert in rising order; place_TK: the position of each slot in
     it, its inverse; rows_E: slots of each expert; ends_E: their running sum, the expert's own rows included;
-    longest_E: the experts by falling rows, ties to the lower id.
+    longest_E: the experts by falling rows, ties to the lower id. held_1: how many slots are of experts here, the first
+    ones; None: all are.
     """
 
     order_N: torch.Tensor
@@ -55,11 +59,13 @@ class Slots(NamedTuple):
     rows_E: torch.Tensor
     ends_E: torch.Tensor
     longest_E: torch.Tensor
+    held_1: torch.Tensor | None = None
 
 
-def sort_slots(experts_TK: torch.Tensor, num_experts: int) -> Slots:
+def sort_slots(experts_TK: torch.Tensor, num_experts: int, first: int | None = None) -> Slots:
     """Slots sorted by expert, stable. experts_TK: int32 [T, K] in 0 .. num_experts - 1; T may be 0.
 
+    first: only the experts first .. first + num_experts - 1 are here, whatever others experts_TK names.
     ConfigError: another dtype.
     """
     if experts_TK.dtype != torch.int32:
@@ -76,39 +82,62 @@ def sort_slots(experts_TK: torch.Tensor, num_experts: int) -> Slots:
     if slots == 0:
         rows_E, ends_E, longest_E = of_experts
         torch.arange(num_experts, out=longest_E)
-        return Slots(order_N, place_TK, rows_E.zero_(), ends_E.zero_(), longest_E)
+        held_1 = None if first is None else ends_E[-1:]
+        return Slots(order_N, place_TK, rows_E.zero_(), ends_E.zero_(), longest_E, held_1)
     blocks = triton.cdiv(slots, _SORT_BLOCK)
-    counts_EB = experts_TK.new_empty(num_experts, blocks)
-    padded = triton.next_power_of_2(num_experts)
+    # One more for what is elsewhere, the last.
+    keys = num_experts + (first is not None)
+    counts_EB = experts_TK.new_empty(keys, blocks)
+    padded, some = triton.next_power_of_2(keys), first is not None
     _histogram_kernel[(blocks,)](
-        *(experts_TK, counts_EB, slots, blocks, num_experts, padded, _SORT_BLOCK), num_warps=4
+        *(experts_TK, counts_EB, slots, blocks, first or 0, num_experts, keys),
+        *(some, padded, _SORT_BLOCK),
+        num_warps=4,
     )
     # Expert after expert, block after block: the sum up to (e, b) is where the next block's slots of e begin.
     sums_EB = counts_EB.view(-1).cumsum(0, dtype=torch.int32)
     _rank_kernel[(blocks,)](
-        *(experts_TK, sums_EB, order_N, place_TK, *of_experts, slots, blocks, num_experts),
-        *(padded, math.gcd(padded, _LONGEST_BLOCK), _SORT_BLOCK),
+        *(experts_TK, sums_EB, order_N, place_TK, *of_experts, slots, blocks, first or 0),
+        *(num_experts, some, padded, math.gcd(padded, _LONGEST_BLOCK), _SORT_BLOCK),
         num_warps=8,
     )
-    return Slots(order_N, place_TK, *of_experts)
+    return Slots(order_N, place_TK, *of_experts, of_experts[1][-1:] if some else None)
 
 
-@triton.jit(do_not_specialize=["slots", "blocks"])
+@triton.jit(do_not_specialize=["slots", "blocks", "first"])
 def _histogram_kernel(
-    keys, counts, slots, blocks, num_experts, E: tl.constexpr, BLOCK: tl.constexpr
+    experts,
+    counts,
+    slots,
+    blocks,
+    first,
+    num_experts,
+    keys,
+    SOME_HERE: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     block = tl.program_id(0)
     i = block * BLOCK + tl.arange(0, BLOCK)
     inside = i < slots
-    key = tl.load(keys + i, mask=inside, other=0)
+    key = _key(tl.load(experts + i, mask=inside, other=0), first, num_experts, SOME_HERE)
     e = tl.arange(0, E)
     count = tl.histogram(key, E, mask=inside)
-    tl.store(counts + e * blocks + block, count, mask=e < num_experts)
+    tl.store(counts + e * blocks + block, count, mask=e < keys)
 
 
-@triton.jit(do_not_specialize=["slots", "blocks"])
+@triton.jit
+def _key(expert, first, num_experts, SOME_HERE: tl.constexpr):
+    """The expert's number here; num_experts for one that is elsewhere."""
+    if not SOME_HERE:
+        return expert
+    here = (expert >= first) & (expert < first + num_experts)
+    return tl.where(here, expert - first, num_experts)
+
+
+@triton.jit(do_not_specialize=["slots", "blocks", "first"])
 def _rank_kernel(
-    keys,
+    experts,
     sums,
     order,
     place,
@@ -117,14 +146,16 @@ def _rank_kernel(
     longest,
     slots,
     blocks,
+    first,
     num_experts,
+    SOME_HERE: tl.constexpr,
     E: tl.constexpr,
     SOME: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     block = tl.program_id(0)
     i = block * BLOCK + tl.arange(0, BLOCK)
-    key = tl.load(keys + i, mask=i < slots, other=-1)
+    key = _key(tl.load(experts + i, mask=i < slots, other=-1), first, num_experts, SOME_HERE)
     earlier = (key[None, :] == key[:, None]) & (i[None, :] < i[:, None])
     rank = tl.sum(earlier.to(tl.int32), axis=1)
     cell = key * blocks + block
@@ -137,8 +168,8 @@ def _rank_kernel(
         tl.store(ends + e, end, mask=e < num_experts)
         tl.store(rows + e, count, mask=e < num_experts)
         longer = tl.zeros((E,), tl.int32)
-        for first in range(0, E, SOME):
-            other = first + tl.arange(0, SOME)
+        for begin_of in range(0, E, SOME):
+            other = begin_of + tl.arange(0, SOME)
             _, others = _ends_and_rows(sums, other, blocks, num_experts)
             tie = (others[None, :] == count[:, None]) & (other[None, :] < e[:, None])
             longer += tl.sum(((others[None, :] > count[:, None]) | tie).to(tl.int32), axis=1)
@@ -230,17 +261,19 @@ def sum_slots(
     place_TK: torch.Tensor,
     bases_TD: Sequence[torch.Tensor] = (),
     config: SumConfig = SUM,
+    held_1: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """[T, D] of y's dtype: the sum over each token's slots and of bases, in fp32 in the order of k, rounded once.
 
-    y_ND: rows in the order of slots; place_TK int32: see Slots; bases: at most two [T, D] of y's dtype. No gradient of
-    its own.
+    y_ND: rows in the order of slots; place_TK, held_1: see Slots; bases: at most two [T, D] of y's dtype. No gradient
+    of its own.
     """
     (tokens, K), D = place_TK.shape, y_ND.shape[1]
     out_TD, bases = y_ND.new_empty(tokens, D), [base.contiguous() for base in bases_TD]
     if tokens:
         _sum_kernel[(triton.cdiv(tokens, config.tokens),)](
             *(y_ND, place_TK, *(bases + [y_ND] * 2)[:2], out_TD, tokens),
+            *(place_TK if held_1 is None else held_1, held_1 is not None),
             *(len(bases), D, triton.next_power_of_2(D), K, config.tokens),
             num_warps=config.warps,
         )
@@ -255,6 +288,8 @@ def _sum_kernel(
     other,
     out,
     tokens,
+    held,
+    SOME_HERE: tl.constexpr,
     BASES: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -267,7 +302,10 @@ def _sum_kernel(
     total = tl.zeros((BLOCK, WIDTH), tl.float32)
     for k in tl.static_range(K):
         row = tl.load(place + t * K + k, mask=t < tokens, other=0).to(tl.int64)
-        total += tl.load(y + row[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        there = inside
+        if SOME_HERE:
+            there = inside & (row < tl.load(held))[:, None]
+        total += tl.load(y + row[:, None] * D + d[None, :], mask=there, other=0.0).to(tl.float32)
     own = t.to(tl.int64)[:, None] * D + d[None, :]
     if BASES > 0:
         total += tl.load(base + own, mask=inside, other=0.0).to(tl.float32)

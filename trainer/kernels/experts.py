@@ -74,7 +74,8 @@ def fused_experts(
     bases: none, one or two [T, D], bf16 as x and the weights are; gates fp32. T may be 0: the weights' gradients are
     then zeros. D a multiple of 16, F a power of two in 16 .. 256. sums: contiguous fp32 tensors of the weights' shapes
     to which the backward pass adds their gradients, unrounded; the weights themselves then get none. unsummed: what
-    takes the gradients of x by slots, T above 0; x itself then gets none. ConfigError: another shape or dtype.
+    takes the gradients of x by slots, T above 0, all experts here; x itself then gets none. Of slots of experts
+    elsewhere nothing is added, and their gates get zeros. ConfigError: another shape or dtype.
     """
     _check(x_TD, gates_TK, fc1_EFD, bias1_EF, fc2_EDF, bias2_ED)
     weights = (fc1_EFD, bias1_EF, fc2_EDF, bias2_ED)
@@ -121,7 +122,7 @@ class _FusedExperts(torch.autograd.Function):
         else:
             z_NF = up(x_TD, of, *weights[:2], known=ctx.tiles)
             y_ND = down(z_NF, gates_TK, of, *weights[2:], known=ctx.tiles)
-            out_TD = sum_slots(y_ND, of.place_TK, bases_TD)
+            out_TD = sum_slots(y_ND, of.place_TK, bases_TD, held_1=of.held_1)
         ctx.save_for_backward(x_TD, gates_TK, z_NF, *weights, *slots)
         return out_TD
 
@@ -140,7 +141,7 @@ class _FusedExperts(torch.autograd.Function):
                 known=ctx.tiles,
             )
             if ctx.unsummed is None:
-                x_grad = sum_slots(rows_ND, slots.place_TK)
+                x_grad = sum_slots(rows_ND, slots.place_TK, held_1=slots.held_1)
             else:
                 x_grad, ctx.unsummed.slotted = None, (rows_ND, slots.place_TK)
         base_grads = [grad_TD] * ctx.num_bases

@@ -104,7 +104,9 @@ def inner(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """d_gates_TK fp32; bf16: dz_NF, h_NF = gate * relu(z)^2, side_NC: the gate (high and low part), 1, and zeros."""
     (E, D, F), N, K = fc2_EDF.shape, z_NF.shape[0], gates_TK.shape[1]
-    gates_grad, dz_NF, h_NF = (torch.empty_like(t) for t in (gates_TK, z_NF, z_NF))
+    # Gates of experts elsewhere are not written.
+    gates_grad = torch.empty_like(gates_TK) if slots.held_1 is None else torch.zeros_like(gates_TK)
+    dz_NF, h_NF = torch.empty_like(z_NF), torch.empty_like(z_NF)
     side_NC = z_NF.new_empty(N, SIDE)
     # A product's width of equal columns: g . b2 is one more product of the rows of g, an eighth as wide.
     columns_EDC = bias2_ED.unsqueeze(2).expand(E, D, SIDE).contiguous()

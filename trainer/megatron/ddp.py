@@ -35,6 +35,8 @@ class StudentDDP(DistributedDataParallel):
         super().__init__(student.config, ddp, module)
         self._shards, self._last, self._sums = student.expert_shards, True, True
         self._beside = torch.cuda.Stream() if next(student.parameters()).is_cuda else None
+        # NCCL warns of two groups at a time on one device: a pass with exchanges of its own is summed after it.
+        self._may_overlap = parallel_state.get_expert_model_parallel_world_size() == 1
         if self._shards is not None:
             self._shards.bind_gradients()
         ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
@@ -64,7 +66,7 @@ class StudentDDP(DistributedDataParallel):
 
     def backward_queued(self, marks: Sequence[Mark]) -> None:
         """A backward pass of the layers is queued whole: sum what is complete at each mark beside what follows."""
-        if self._shards is None or not (self._last and self._sums):
+        if self._shards is None or not (self._may_overlap and self._last and self._sums):
             return
         with torch.cuda.stream(self._beside):
             for mark in marks:

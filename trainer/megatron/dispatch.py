@@ -1,4 +1,4 @@
-"""Moving rows to their experts and back by indices, in plain torch: for a CPU, and what expert parallelism sends.
+"""Moving rows to their experts and back by indices, in plain torch, for any device and dtype.
 
 Both moves are gathers in the backward pass too: no atomics, sums over a token's slots in a fixed order and in fp32, bit
 by bit the same in every run. On CUDA the experts' kernels move their rows themselves (trainer/kernels).
@@ -15,7 +15,8 @@ import torch
 
 class Slots(NamedTuple):
     """Where each slot of each token goes. order_N: the slots t * K + k by expert, N = T K; place_TK: the position of
-    each slot in it, its inverse; rows_E int32: slots of each expert. All on the device.
+    each slot in it, its inverse; rows_E int32: slots of each expert. All on the device. Slots of experts elsewhere
+    stand last and are in no expert's rows.
     """
 
     order_N: torch.Tensor
@@ -23,8 +24,14 @@ class Slots(NamedTuple):
     rows_E: torch.Tensor
 
 
-def sort_slots(experts_TK: torch.Tensor, num_experts: int) -> Slots:
-    """Slots sorted by expert, those of one expert in order of tokens. experts_TK: integers below num_experts."""
+def sort_slots(experts_TK: torch.Tensor, num_experts: int, first: int | None = None) -> Slots:
+    """Slots sorted by expert, those of one expert in order of tokens. experts_TK: integers below num_experts.
+
+    first: only the experts first .. first + num_experts - 1 are here, whatever others experts_TK names.
+    """
+    if first is not None:
+        here = (experts_TK >= first) & (experts_TK < first + num_experts)
+        experts_TK = (experts_TK - first).where(here, num_experts)
     # A radix sort of 16 bits takes a quarter of the passes of one of 64.
     key_N, order_N = experts_TK.flatten().to(torch.int16).sort(stable=True)
     place_N = torch.empty_like(order_N)

@@ -67,9 +67,9 @@ class RoutedExperts(MegatronModule):
         *bases_TD: torch.Tensor,
         unsummed: Unsummed | None = None,
     ) -> torch.Tensor:
-        """The sum of bases, at most two, and of the gated outputs of every token's slots, [T, D]; slots: of `sort`.
+        """The sum of bases, at most two, and of the gated outputs of every token's experts here, [T, D].
 
-        unsummed: with `triton`, see trainer/kernels/norm.py.
+        slots: of `sort`. unsummed: with `triton`, see trainer/kernels/norm.py.
         """
         parameters = (self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
         if self.compute == "triton":
@@ -82,13 +82,15 @@ class RoutedExperts(MegatronModule):
         )
         return sum(bases_TD, start=sum_slots(y_ND, slots))
 
-    def sort(self, experts_TK: torch.Tensor, num_experts: int) -> Slots:
-        """Where each slot of each token goes, as `forward` and `gather_rows` take it."""
+    def sort(self, experts_TK: torch.Tensor) -> Slots:
+        """Where each slot of each token goes, as `forward` takes it; experts counted over all ranks."""
+        ranks, num_local = self.groups.ep.size(), len(self.fc1_bias)
+        first = None if ranks == 1 else self.groups.ep.rank() * num_local
         if self.compute == "triton":
             from trainer.kernels import dispatch
 
-            return dispatch.sort_slots(experts_TK, num_experts)
-        return sort_slots(experts_TK, num_experts)
+            return dispatch.sort_slots(experts_TK, num_local, first)
+        return sort_slots(experts_TK, num_local, first)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -153,7 +155,8 @@ def _loop(
     fc2_EDF: torch.Tensor,
     bias2_ED: torch.Tensor,
 ) -> torch.Tensor:
-    parts = x_ND.split(rows_E.tolist())
+    rows = rows_E.tolist()
+    parts = x_ND[: sum(rows)].split(rows)
     weights = zip(
         fc1_EFD.unbind(0), bias1_EF.unbind(0), fc2_EDF.unbind(0), bias2_ED.unbind(0), strict=True
     )
@@ -164,6 +167,8 @@ def _loop(
             for part, (w1, b1, w2, b2) in zip(parts, weights, strict=True)
         ]
     )
+    # Nothing from experts elsewhere.
+    y_ND = torch.nn.functional.pad(y_ND, (0, 0, 0, len(x_ND) - len(y_ND)))
     return (y_ND * gate_N.unsqueeze(-1)).to(x_ND.dtype)
 
 

@@ -293,10 +293,9 @@ class CompiledLayer(ValueResidualLayer):
         return out_SBD, context if half.value_SBGC is None else half.value_SBGC
 
     def _unsummed(self) -> Unsummed | None:
-        """For one pass; None where the experts are not all here, or leave nothing there."""
+        """For one pass; None where there are no experts, or they leave nothing there."""
         moe = self.mlp
-        here = isinstance(moe, StudentMoE) and moe.ep_group.size() == 1
-        if not here or moe.experts.compute != "triton":
+        if not isinstance(moe, StudentMoE) or moe.experts.compute != "triton":
             return None
         from trainer.kernels.norm import Unsummed
 

@@ -1,18 +1,17 @@
-"""The mixture-of-experts layer: the routed tokens are moved by indices, and the host waits for nothing at EP=1.
+"""The mixture-of-experts layer: the routed tokens are moved by indices, and the host waits for nothing.
 
 Each token has K slots, one for each of its experts. Slots are sorted by expert (stable, so in order of tokens), the
 experts run on the rows of their slots, and the outputs are summed over K. On a CPU rows are gathered and summed by
 dispatch.py; on CUDA the experts' kernels read and write rows where they lie (trainer/kernels).
 
-With expert parallelism the sorted rows travel to the ranks of their experts and back (all_to_all_single on NCCL and
-gloo alike); the sizes of the parts are the one thing that the host must wait for. A rank sorts what it received as if
-each row were a token with one slot. EP groups may span tensor-parallel ranks, which hold slices of the rows.
+With expert parallelism every rank of the group gets all tokens and sorts those of its own experts (exchange.py). EP
+groups may span tensor-parallel ranks, which hold slices of the rows.
 
 Why not Megatron-Core 0.16.1's MoELayer: its dispatchers go through [tokens, experts] maps, synchronise with the host
 (transformer/moe/token_dispatcher.py), and the alltoall one hands tensors to gloo where it wants integers, so that CPU
 tests could not run the path that GPUs run.
 
-Shapes: S, B, D hidden states, T = S * B tokens, K slots a token, N rows, E experts, of which L on this rank.
+Shapes: S, B, D hidden states, T = S * B tokens, K slots a token.
 """
 
 from __future__ import annotations
@@ -20,14 +19,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
-from megatron.core.tensor_parallel.mappings import all_to_all
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from trainer.megatron.dispatch import gather_gates, gather_rows, sum_slots
+from trainer.megatron.exchange import Gathering, gather_choices, give_back
 from trainer.megatron.experts import Compute, RoutedExperts, SharedExpert
 from trainer.megatron.router import StudentRouter
 
@@ -77,38 +74,22 @@ class StudentMoE(MegatronModule):
         """shared + residual, if there is one, + what the routed experts make of x, [S, B, D].
 
         router_x: x for the router, where it is given once for each reader. unsummed: what takes the experts' gradients
-        of x instead of autograd, see trainer/kernels/norm.py; only where this rank has all experts.
+        of x instead of autograd, see trainer/kernels/norm.py. With expert parallelism all ranks of the group bring as
+        many tokens.
         """
+        x_TD, group = x_SBD.flatten(0, 1), self.ep_group
+        if group.size() > 1:  # on its way while experts are chosen
+            gathering = Gathering(x_TD, group, unsummed)
         padding_SB = None if padding_mask is None else padding_mask.t()
         gates_TK, experts_TK = self.router(
             x_SBD if router_x_SBD is None else router_x_SBD, padding_SB
         )
-        x_TD = x_SBD.flatten(0, 1)
         bases = [t.flatten(0, 1) for t in (shared_SBD, residual_SBD) if t is not None]
-        if self.ep_group.size() == 1:
-            slots = self.experts.sort(experts_TK, self.config.num_moe_experts)
+        if group.size() == 1:
+            slots = self.experts.sort(experts_TK)
             out_TD = self.experts(x_TD, gates_TK, slots, *bases, unsummed=unsummed)
         else:
-            out_TD = sum(bases, start=self._on_their_ranks(x_TD, gates_TK, experts_TK))
+            gates_XK, experts_XK = gather_choices(gates_TK, experts_TK, group)
+            slots = self.experts.sort(experts_XK)
+            out_TD = give_back(self.experts(gathering.wait(), gates_XK, slots), group, *bases)
         return out_TD.view_as(shared_SBD)
-
-    def _on_their_ranks(
-        self, x_TD: torch.Tensor, gates_TK: torch.Tensor, experts_TK: torch.Tensor
-    ) -> torch.Tensor:
-        """What the routed experts add: this rank's rows, sorted by expert, are computed where the experts are."""
-        group = self.ep_group
-        slots = self.experts.sort(experts_TK, self.config.num_moe_experts)
-        x_ND, gate_N = gather_rows(x_TD, slots), gather_gates(gates_TK, slots)
-        sent_RL = slots.rows_E.view(group.size(), -1)
-        received_RL = torch.empty_like(sent_RL)
-        dist.all_to_all_single(received_RL, sent_RL, group=group)
-        sent, received = torch.stack([sent_RL.sum(dim=1), received_RL.sum(dim=1)]).tolist()
-        x_MD = all_to_all(group, x_ND, received, sent)
-        gate_M = all_to_all(group, gate_N, received, sent)
-        local_L = torch.arange(sent_RL.shape[1], dtype=experts_TK.dtype, device=x_ND.device)
-        expert_M = local_L.repeat(group.size()).repeat_interleave(
-            received_RL.flatten(), output_size=sum(received)
-        )
-        here = self.experts.sort(expert_M.unsqueeze(1), len(local_L))
-        y_MD = self.experts(x_MD, gate_M.unsqueeze(1), here)
-        return sum_slots(all_to_all(group, y_MD, sent, received), slots)

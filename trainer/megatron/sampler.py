@@ -168,7 +168,9 @@ class Sampler:
         rows = _next_fit(parts, self.seq_len)
         passes = self._largest(len(rows))
         for row in [*rows, *([[]] * (passes - len(rows)))]:
-            length = self.row_len or max(1, sum(len(tokens_T) for _, tokens_T in row))
+            # As long on every rank of the group, which exchanges equal numbers of tokens.
+            longest = self._largest(max(1, sum(len(tokens_T) for _, tokens_T in row)))
+            length = self.row_len or longest
             tokens_BS, rows_ = prefill_rows(self._cache, row, length, self._device)
             self.student(tokens_BS, None, None, packed_seq_params=rows_)
         return passes
@@ -230,13 +232,12 @@ def require_layout(config: OPDConfig) -> None:
             f"sampling with parallel.tensor={config.parallel.tensor} (one decoded token is no sequence to split)",
             remedy="set parallel.tensor=1 and spread with parallel.expert and data parallelism",
         )
-    host_waits = config.parallel.expert > 1 or config.expert_compute != "triton"
-    if config.sampling.cuda_graph and (host_waits or config.device != "cuda"):
+    static = config.device == "cuda" and config.expert_compute == "triton"
+    if config.sampling.cuda_graph and not static:
         raise ConfigError(
             "sampling.cuda_graph where there is no CUDA, or the host waits for the experts' token counts",
-            got=f"device: {config.device}, parallel.expert={config.parallel.expert}, "
-            f"expert_compute: {config.expert_compute}",
-            expected="device: cuda, parallel.expert=1, expert_compute: triton",
+            got=f"device: {config.device}, expert_compute: {config.expert_compute}",
+            expected="device: cuda, expert_compute: triton",
             remedy="set sampling.cuda_graph=false",
         )
 

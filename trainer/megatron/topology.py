@@ -121,11 +121,6 @@ def check_run(config: RunConfig) -> None:
             f"transformer_impl: compiled with {tensor} (its layers hold whole weights)",
             "set transformer_impl=local",
         ),
-        (
-            config.cuda_graph and parallel.expert > 1,
-            f"cuda_graph with parallel.expert={parallel.expert} (the host waits for the sizes of what is sent)",
-            "set cuda_graph=false or parallel.expert=1",
-        ),
     ]
     _refuse(refused)
 
