@@ -77,6 +77,9 @@ class Piece:
     copy: torch.Tensor | None = None
 
 
+Batch = tuple[list[Piece], bool]  # matrices of one shape, and whether the Triton kernels take them
+
+
 def on_gram(piece: Piece, dtype: torch.dtype) -> bool:
     """Whether the Triton kernels take matrices of this kind: on CUDA, fp32 with bf16 products, 128 on the short side
     and a multiple of 128 on the long one (all experts of the full student), contiguous.
@@ -178,6 +181,7 @@ class NorMuon(torch.optim.Optimizer):
         self.polar_dtype, self.chunk_weights = polar_dtype, chunk_weights
         self.grad_scale: float | torch.Tensor | None = None
         self.copies: dict[torch.Tensor, torch.Tensor] = {}
+        self._batches: dict[int, tuple[list[int], list[Batch]]] = {}  # by group, with addresses
         defaults = {"lr": lr, "momentum": momentum, "beta2": beta2, "eps": eps}
         super().__init__(params, defaults | {"weight_decay": weight_decay})
         for group in self.param_groups:
@@ -207,11 +211,11 @@ class NorMuon(torch.optim.Optimizer):
             raise ValueError("NorMuon takes no closure")
         self.init_state()
         scale = self._scale()
-        for group in self.param_groups:
+        for number, group in enumerate(self.param_groups):
             names = ("lr", "momentum", "beta2", "eps", "weight_decay")
             settings = {name: group[name] for name in names}
-            for pieces in self._chunks(group["params"]):
-                if all(on_gram(piece, self.polar_dtype) for piece in pieces):
+            for pieces, by_kernels in self._batches_of(number, group["params"]):
+                if by_kernels:
                     # Triton is there on CUDA alone.
                     from trainer.kernels import normuon as kernels
 
@@ -225,6 +229,29 @@ class NorMuon(torch.optim.Optimizer):
             return self.grad_scale
         device = self.param_groups[0]["params"][0].device
         return torch.full((), self.grad_scale, dtype=torch.float32, device=device)
+
+    def _batches_of(self, number: int, parameters: list[torch.Tensor]) -> list[Batch]:
+        """The batches of a group, made anew when a tensor lies elsewhere than in the step before: the views of 699
+        matrices take the host 23 ms of 39 (one core), during which the device waits.
+        """
+        addresses = [at for parameter in parameters for at in self._addresses(parameter)]
+        known = self._batches.get(number)
+        if known is None or known[0] != addresses:
+            batches = [
+                (pieces, all(on_gram(piece, self.polar_dtype) for piece in pieces))
+                for pieces in self._chunks(parameters)
+            ]
+            self._batches[number] = known = (addresses, batches)
+        return known[1]
+
+    def _addresses(self, parameter: torch.Tensor) -> list[int]:
+        """Batches keep what they were made of alive, so nothing else can lie at these."""
+        if parameter.grad is None:
+            return [0]
+        tensors = [parameter, parameter.grad, *self.state[parameter].values()]
+        if parameter in self.copies:
+            tensors.append(self.copies[parameter])
+        return [tensor.data_ptr() for tensor in tensors]
 
     def _chunks(self, parameters: list[torch.Tensor]) -> Iterator[list[Piece]]:
         """Matrices of one shape, in order of their parameters, at most chunk_weights (at least one matrix) at a

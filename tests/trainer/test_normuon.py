@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -206,5 +207,29 @@ def test_copies_take_the_new_weights() -> None:
     for parameter, grad in zip(parameters, grads, strict=True):
         parameter.grad = grad
     optimizer.step()
-    for parameter, copy in optimizer.copies.items():
-        assert torch.equal(copy, parameter.detach().bfloat16())
+    for parameter, taken in optimizer.copies.items():
+        assert torch.equal(taken, parameter.detach().bfloat16())
+
+
+def test_tensors_that_are_replaced_between_steps_are_followed() -> None:
+    """Gradients of their own each step, in place or not; states by load_state_dict; copies that come later."""
+    weights, grads = _made(torch.float32, 3)
+    ends = []
+    for way in ("in place", "replaced"):
+        parameters = [torch.nn.Parameter(weight.clone()) for weight in weights]
+        optimizer = NorMuon(parameters, polar_dtype=torch.float32, **SETTINGS)
+        for number, of_step in enumerate(grads):
+            for parameter, grad in zip(parameters, of_step, strict=True):
+                if way == "in place" and number:
+                    parameter.grad.copy_(grad)
+                else:
+                    parameter.grad = grad.clone()
+            if way == "replaced":
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+                optimizer.copies = {
+                    p: torch.zeros_like(p, dtype=torch.bfloat16) for p in parameters
+                }
+            optimizer.step()
+        ends.append([parameter.detach() for parameter in parameters])
+    assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
+    assert all(torch.equal(c, p.detach().bfloat16()) for p, c in optimizer.copies.items())

@@ -72,9 +72,14 @@ class ExpertShards:
         self._unsummed = len(self._of_layer)
         self._finish()
 
-    def gather_weights(self) -> None:
-        """The model's weights from their owners, in place."""
+    def start_gather(self) -> None:
+        """Begin to send the model's weights from their owners to all, in place, behind what the current stream has
+        queued.
+        """
         self._start(_all_gather, ((p.detach(), shard_of(p).detach()) for p in self._parameters()))
+
+    def finish_gather(self) -> None:
+        """The current stream waits for the weights."""
         self._finish()
 
     def _parameters(self, layers: Sequence[int] | None = None) -> list[torch.nn.Parameter]:

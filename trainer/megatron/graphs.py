@@ -75,6 +75,14 @@ class GraphedLayers:
         if self._recorded is None:
             raise EngineError("the pass to be recorded never went through the student's layers")
 
+    def release(self) -> None:
+        """Let go of the graphs: NCCL takes no group down while one of them holds its collectives."""
+        if self._recorded is not None:
+            torch.cuda.synchronize()
+            self._recorded.forward_graph.reset()
+            self._recorded.backward_graph.reset()
+            self._recorded = None
+
     def __call__(self, hidden_states: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
         rows = keywords["packed_seq_params"]
         if not (torch.is_grad_enabled() and is_plain(rows)):

@@ -33,7 +33,7 @@ from trainer.megatron.attention import PackedRows
 from trainer.megatron.ddp import with_ddp
 from trainer.megatron.diverged import diverged
 from trainer.megatron.graphs import GraphedLayers
-from trainer.megatron.optimizer import build_optimizer, clip_gradients, gradient_norm
+from trainer.megatron.optimizer import build_optimizer, gradient_norm, update
 from trainer.megatron.router import StudentRouter
 from trainer.megatron.student import Student, build_student
 from trainer.megatron.topology import Topology
@@ -63,11 +63,7 @@ class Trainer:
             module for module in self.student.modules() if isinstance(module, StudentRouter)
         ]
         self.shard = _vocab_shard(self.student, topology)
-        self._graphed = (
-            GraphedLayers(self.student.decoder, self.model.backward_queued)
-            if config.cuda_graph
-            else None
-        )
+        self._graphed = self._graphed_layers() if config.cuda_graph else None
         self.student.config.finalize_model_grads_func = self._finalize
         self._schedule = get_forward_backward_func()
 
@@ -97,7 +93,8 @@ class Trainer:
             raise diverged(
                 values["loss/total"], grad_norm, self.student, self.config, self.topology, again
             )
-        self._update(learning_rate, grad_norm)
+        clip, shards = self.config.optimizer.clip, self.student.expert_shards
+        update(self.optimizer, learning_rate, clip, grad_norm, shards)
         rows = self.topology.sum(sum(_num_rows(batch) for batch in micro_batches))
         values |= {"grad_norm": grad_norm} | self._router_values(int(rows))
         return StepReport(values=values, seconds=clock.read())
@@ -115,6 +112,11 @@ class Trainer:
             self.config.loss,
             self.shard,
         )
+
+    def _graphed_layers(self) -> GraphedLayers:
+        graphed = GraphedLayers(self.student.decoder, self.model.backward_queued)
+        self.topology.at_end.callback(graphed.release)
+        return graphed
 
     def _record(self, batch: Batch) -> None:
         """Record the layers' graphs before the first step; of what recording leaves behind, `step` clears gradients."""
@@ -209,15 +211,6 @@ class Trainer:
         self.student.config.finalize_model_grads_func = self._finalize
         self._forget_routing()
         return sums_CM
-
-    def _update(self, learning_rate: float, grad_norm: float) -> None:
-        """ChainedOptimizer.step (optimizer/optimizer.py:1300) from its clipping on: the norm was checked in between."""
-        clip_gradients(self.optimizer, self.config.optimizer.clip, grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate * group["lr_mult"]
-        self.optimizer.step_with_ready_grads()
-        if self.student.expert_shards is not None:
-            self.student.expert_shards.gather_weights()
 
     def _require_targets(self, micro_batches: Sequence[Batch]) -> None:
         """Every rank counts all ranks' tokens, so that all raise together."""

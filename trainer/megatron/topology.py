@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -24,7 +24,8 @@ _TIMEOUT = datetime.timedelta(minutes=30)
 class Topology:
     """Ranks, sizes and groups of this process, passed as a value to whatever communicates.
 
-    Experts are spread over all ranks whatever their TP rank: EP groups cut the world anew.
+    Experts are spread over all ranks whatever their TP rank: EP groups cut the world anew. at_end: what is to be let go
+    before the groups are taken down.
     """
 
     device: torch.device
@@ -38,6 +39,7 @@ class Topology:
     ep_size: int
     dp_group: dist.ProcessGroup
     tp_group: dist.ProcessGroup
+    at_end: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """`values` summed over the data-parallel ranks, in place."""
@@ -168,8 +170,10 @@ def distributed(
     )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    yield _topology(device, rank, world_size)
+    topology = _topology(device, rank, world_size)
+    yield topology
     dist.barrier()
+    topology.at_end.close()
     parallel_state.destroy_model_parallel()
     if not joined:
         dist.destroy_process_group()
