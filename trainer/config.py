@@ -43,7 +43,7 @@ class ModelRuntime(Config):
     and activations; gradients and optimizer states are fp32. deterministic: only kernels that repeat bit by bit.
     recompute: keep only layer inputs and compute each layer again in the backward pass.
     cuda_graph: the layers' forward and backward passes are recorded before the first step and replayed, so that no
-    kernel waits for the host to launch it (compiled and triton, no expert parallelism, no recompute).
+    kernel waits for the host to launch it (compiled and triton, no recompute).
     """
 
     device: Literal["cpu", "cuda"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import threading
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from datastore.reader import Dataset, TargetStore
 from datastore.stream import RowStream, rank_micro_batches
 from datastore.target import row_target
 from datastore.types import SPLITS, SparseTarget, Split
-from trainer.batch import Batch, make_batch
+from trainer.batch import Batch
 from trainer.config import KDConfig
 from trainer.readers import ReaderProcesses, RowReader
 
@@ -90,11 +89,6 @@ class RunData(RowReader):
             kd_share=0.0 if self.targets is None else config.kd_share,
             scored=self.scored.get("train"),
         )
-
-    def padding_batch(self, split: Split, rows: int) -> Batch:
-        """A batch in which nothing is a target, for ranks that have no row left but must take part."""
-        row = self.dataset.row(split, 0)
-        return make_batch([dataclasses.replace(row, spans_T=np.zeros_like(row.spans_T))] * rows)
 
 
 class StopsAlike(Protocol):
@@ -224,7 +218,10 @@ class Loader:
 def valid_batches(
     data: RunData, *, rows: int | None, dp_rank: int, dp_size: int, micro_batch_size: int
 ) -> Iterator[Batch]:
-    """This rank's share of the first `rows` valid rows, with the targets they have; every rank gets as many batches."""
+    """This rank's share of the first `rows` valid rows, with the targets they have; every rank gets as many batches.
+
+    All are of one size: ranks that share experts exchange equal numbers of tokens.
+    """
     total = data.dataset.num_rows("valid")
     num_rows = total if rows is None else min(rows, total)
     has_targets_R = data.scored["valid"].mask() if data.targets else np.zeros(total, dtype=bool)
@@ -234,10 +231,8 @@ def valid_batches(
     ]
     for first in range(0, len(groups), dp_size):
         mine = first + dp_rank
-        if mine < len(groups):
-            yield data.batch("valid", groups[mine], has_targets_R[groups[mine]])
-        else:
-            yield data.padding_batch("valid", micro_batch_size)
+        rows = groups[mine] if mine < len(groups) else range(0)
+        yield data.batch("valid", rows, has_targets_R[rows], size=micro_batch_size)
 
 
 def _gate_pairs(data: RunData) -> Iterator[tuple[np.ndarray, SparseTarget]]:

@@ -59,10 +59,13 @@ class RowReader:
         rows: Rows,
         with_targets: Flags,
         begin: Callable[[int], None] = lambda index: None,
+        *,
+        size: int = 1,
     ) -> Batch:
         """The batch of these rows; one whose flag is off trains without targets, as do its documents without any.
 
-        begin: told the index of each row before it is read. Raises FormatError when a row whose flag is on has no
+        begin: told the index of each row before it is read. size: rows in which nothing is a target follow until there
+        are so many. Raises FormatError when a row whose flag is on has no
         targets.
         """
         packed, documents = [], []
@@ -71,6 +74,10 @@ class RowReader:
             row = self.dataset.row(split, int(index))
             packed.append(row)
             documents.append(self.documents(split, int(index), row) if wanted else None)
+        if missing := max(0, size - len(packed)):
+            first = self.dataset.row(split, 0)
+            empty = dataclasses.replace(first, spans_T=np.zeros_like(first.spans_T))
+            packed, documents = packed + [empty] * missing, documents + [None] * missing
         return make_batch(packed, documents)
 
     def documents(self, split: Split, index: int, row: PackedRow) -> list[DocTarget | None]:

@@ -24,25 +24,13 @@ from tests.trainer.megatron.tiny import SEQ_LEN, STUDENT, micro_batches, tiny_co
 from trainer.megatron.topology import distributed
 
 runtime = json.loads(sys.argv[1])
-wide = {"layers": 24, "hidden": 128, "heads": 4, "head_dim": 32, "ffn": 128, "expert_width": 64, "shared_width": 64}
+wide = {"layers": 8, "hidden": 128, "heads": 4, "head_dim": 32, "ffn": 128, "expert_width": 64, "shared_width": 64}
 config = tiny_config(**runtime, device="cuda", deterministic=False, student=STUDENT | wide)
 with distributed("cuda", config.parallel, seed=1) as topology:
     from torch._dynamo.utils import counters
     from trainer.megatron.step import Clock, Trainer
 
     trainer = Trainer(config, topology, SEQ_LEN)
-    experts = [[p for n, p in layer.named_parameters() if ".experts." in n] for layer in trainer.student.decoder.layers]
-    beside, copies, whole = torch.cuda.Stream(), {}, []
-
-    def queued(marks):
-        # What gradients are at each mark, while the rest of the backward pass goes on.
-        with torch.cuda.stream(beside):
-            for mark in marks:
-                mark.event.wait()
-                copies[mark.first] = [p.main_grad.clone() for of in experts[mark.first:] for p in of]
-
-    if trainer._graphed is not None:
-        trainer._graphed._queued = queued
     steps = [[b.to(topology.device) for b in micro_batches(tiny_rows(8, seed=n), 4)] for n in range(6)]
     losses, norms, graphs = [], [], []
     for batches in steps:
@@ -52,12 +40,8 @@ with distributed("cuda", config.parallel, seed=1) as topology:
         losses.append(values["loss/total"])
         norms.append(values["grad_norm"])
         graphs.append(counters["stats"]["unique_graphs"])
-        torch.cuda.synchronize()
-        for first, copied in copies.items():
-            sums = [p.main_grad for of in experts[first:] for p in of]
-            whole.append([first, all(map(torch.equal, copied, sums)), float(sums[0].abs().sum())])
     weights = [float(p.detach().double().abs().sum()) for p in trainer.student.parameters()]
-print(json.dumps({"losses": losses, "norms": norms, "graphs": graphs, "weights": weights, "whole": whole}))
+print(json.dumps({"losses": losses, "norms": norms, "graphs": graphs, "weights": weights}))
 """
 _FAST = {"precision": "bf16", "core_attention": "triton", "expert_compute": "triton"}
 
@@ -93,12 +77,6 @@ def test_compiled_layers_train_as_the_modules_do(seen) -> None:
 def test_recording_changes_no_bit(seen) -> None:
     for name in ("losses", "norms", "weights"):
         assert seen["recorded"][name] == seen["compiled"][name], name
-
-
-def test_at_each_mark_the_gradients_of_experts_behind_it_are_complete(seen) -> None:
-    whole = seen["recorded"]["whole"]
-    assert [first for first, _, _ in whole] == [20, 10] * 6
-    assert all(complete and size > 0 for _, complete, size in whole)
 
 
 @pytest.mark.parametrize("way", ["compiled", "recorded"])

@@ -150,7 +150,7 @@ def test_evaluation_uses_the_targets_that_there_are(partial) -> None:
     data = RunData.open(_config(partial))
     batches = list(valid_batches(data, rows=None, dp_rank=0, dp_size=1, micro_batch_size=2))
     found = np.concatenate([batch.has_target_BT.any(dim=1).numpy() for batch in batches])
-    assert found.tolist() == [False, True, True, False, False]
+    assert found.tolist() == [False, True, True, False, False, False]  # the last fills the batch
     pair = batches[0].doc_ids_BT[1]
     assert set(pair[batches[0].has_target_BT[1]].tolist()) == {0}
 
@@ -163,6 +163,7 @@ def test_evaluation_reads_every_valid_row_once_and_as_often_on_each_rank(dataset
         for r in range(dp_size)
     ]
     assert len({len(batches) for batches in ranks}) == 1
+    assert {len(batch.tokens_BT) for batches in ranks for batch in batches} == {2}
     seen = [
         tokens_T.numpy().tobytes()
         for batches in ranks

@@ -16,7 +16,7 @@ step counter after a resume (docs/decisions/0007, 0027).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -32,74 +32,50 @@ from trainer.megatron.experts import RoutedExperts
 # torch 2.13 renamed both and warns of the old names.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-Pairs = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
 
 class ExpertShards:
     """The shards of a student's routed experts on this rank, and what its ranks tell each other of them.
 
-    layers: of the student, in order. group: the ranks that hold the same experts. To be built before Megatron's DDP,
-    which then keeps the experts' gradients in buffers of their own. Raises ConfigError when the ranks cannot share the
-    experts out evenly.
+    group: the ranks that hold the same experts. To be built before Megatron's DDP, which then keeps the experts'
+    gradients in buffers of their own. Raises ConfigError when the ranks cannot share the experts out evenly.
     """
 
-    def __init__(self, layers: Iterable[torch.nn.Module], group: dist.ProcessGroup) -> None:
+    def __init__(self, student: torch.nn.Module, group: dist.ProcessGroup) -> None:
+        experts = [module for module in student.modules() if isinstance(module, RoutedExperts)]
         self._group = group
-        self._of_layer = [_experts(layer) for layer in layers]
-        self._works: list[Any] = []
-        self._unsummed = len(self._of_layer)
-        for parameter in self._parameters():
+        self._wholes = [parameter for module in experts for parameter in module.parameters()]
+        for parameter in self._wholes:
             parameter.allreduce = False
             parameter.expert_shard = _shard(parameter, group)
 
     def bind_gradients(self) -> None:
         """Give the shards their part of the buffers; once, after DDP has made them."""
-        for parameter in self._parameters():
+        for parameter in self._wholes:
             shard_of(parameter).main_grad = _own(parameter.main_grad, self._group)
 
-    def start_sums(self, first: int) -> None:
-        """Begin to sum gradients of the layers `first` and above, but for those begun, behind what the current stream
-        has queued. Of each buffer this rank's own part is summed, in place; the rest holds rubbish then.
+    def sum_gradients(self) -> None:
+        """Of each buffer this rank's own part is summed over the group, in place; the rest holds rubbish then."""
+        pairs = ((shard_of(of).main_grad, of.main_grad) for of in self._wholes)
+        self._begin(_reduce_scatter, pairs)()
+
+    def gather_weights(self) -> Callable[[], None]:
+        """Send the model's weights from their owners to all, in place, behind what the current stream has queued; what
+        is returned makes the stream wait for them.
         """
-        layers = range(first, self._unsummed)
-        parameters = self._parameters(layers)
-        self._unsummed = first
-        self._start(_reduce_scatter, ((shard_of(p).main_grad, p.main_grad) for p in parameters))
+        pairs = ((of.detach(), shard_of(of).detach()) for of in self._wholes)
+        return self._begin(_all_gather, pairs)
 
-    def finish_sums(self) -> None:
-        """Sum the gradients of all layers that are left; the current stream waits for all sums."""
-        self.start_sums(0)
-        self._unsummed = len(self._of_layer)
-        self._finish()
-
-    def start_gather(self) -> None:
-        """Begin to send the model's weights from their owners to all, in place, behind what the current stream has
-        queued.
-        """
-        self._start(_all_gather, ((p.detach(), shard_of(p).detach()) for p in self._parameters()))
-
-    def finish_gather(self) -> None:
-        """The current stream waits for the weights."""
-        self._finish()
-
-    def _parameters(self, layers: Sequence[int] | None = None) -> list[torch.nn.Parameter]:
-        chosen = range(len(self._of_layer)) if layers is None else layers
-        return [parameter for layer in chosen for parameter in self._of_layer[layer]]
-
-    def _start(self, collective: Callable[..., Any], pairs: Pairs) -> None:
+    def _begin(
+        self, collective: Callable[..., Any], pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]
+    ) -> Callable[[], None]:
         """One launch for all pairs of output and input: alone, biases would take as long as weights."""
-        pairs = list(pairs)
-        if self._group.size() == 1 or not pairs:
-            return
+        if self._group.size() == 1:
+            return lambda: None
         with _coalescing_manager(self._group, async_ops=True) as work:
             for out, value in pairs:
                 collective(out, value, group=self._group)
-        self._works.append(work)
-
-    def _finish(self) -> None:
-        for work in self._works:
-            work.wait()
-        self._works.clear()
+        return work.wait
 
 
 def shard_of(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
@@ -128,11 +104,6 @@ def _part(tensor: Any) -> Any:
         axis_fragmentations=tuple(fragments),
         replica_id=(0, 0, 0),
     )
-
-
-def _experts(layer: torch.nn.Module) -> list[torch.nn.Parameter]:
-    found = (module for module in layer.modules() if isinstance(module, RoutedExperts))
-    return [parameter for module in found for parameter in module.parameters()]
 
 
 def _shard(parameter: torch.nn.Parameter, group: dist.ProcessGroup) -> torch.nn.Parameter:

@@ -7,9 +7,6 @@ What Megatron's hooks do, one parameter at a time, is one kernel after it: the g
 into their fp32 buffers (those of routed experts are already there: trainer/kernels/experts_backward.py). Embedding,
 rotation table, loss and optimizer run as ever.
 
-The backward graph records an event after every tenth layer (`Mark`): whoever sums gradients over ranks can wait for it
-on a stream of its own while the rest of the graph runs.
-
 A graph has its addresses fixed: inputs are copied into static tensors, weights, gradient buffers and counts are changed
 in place by everybody. Activations live in the graph's own memory pool from the forward to the backward replay, so one
 micro-batch is in flight at a time, as in Megatron's schedule without pipelining.
@@ -20,9 +17,8 @@ of its own, and recording uses that one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_block import TransformerBlock
@@ -31,28 +27,17 @@ from common.errors import EngineError
 from trainer.megatron.attention import PackedRows
 from trainer.megatron.fused_layer import is_plain
 
-MARK_EVERY = 10  # layers: 2.8 GB of experts' gradients, 5 ms of NVLink
 WARM_UPS = 3  # the first compiles, the second finds what autotuning left; a third that nothing is lazy any more
-
-
-class Mark(NamedTuple):
-    """A place in the recorded backward pass: at `event` gradients of experts of the layers `first` (counted from 0) and
-    above are in their sums.
-    """
-
-    event: torch.cuda.Event
-    first: int
 
 
 class GraphedLayers:
     """Stands in for `forward` of a student's TransformerBlock once `record` has run.
 
-    Without gradients (evaluation), and for rows that are not plain (sampling), the block runs as it is. queued: called
-    with the marks of a backward pass, the last layers' first, once it is queued whole.
+    Without gradients (evaluation), and for rows that are not plain (sampling), the block runs as it is.
     """
 
-    def __init__(self, block: TransformerBlock, queued: Callable[[Sequence[Mark]], None]) -> None:
-        self._block, self._queued = block, queued
+    def __init__(self, block: TransformerBlock) -> None:
+        self._block = block
         self._plain: Callable[..., torch.Tensor] = block.forward
         self._recorded: _Recorded | None = None
         self._recording = False
@@ -76,9 +61,12 @@ class GraphedLayers:
             raise EngineError("the pass to be recorded never went through the student's layers")
 
     def release(self) -> None:
-        """Let go of the graphs: NCCL takes no group down while one of them holds its collectives."""
+        """Let go of the graphs; the block runs as it is.
+
+        NCCL takes no group down while a graph holds its collectives (src/init.cc, commDestroySync), and a process that
+        still has one never ends (pytorch/pytorch#115388).
+        """
         if self._recorded is not None:
-            torch.cuda.synchronize()
             self._recorded.forward_graph.reset()
             self._recorded.backward_graph.reset()
             self._recorded = None
@@ -89,7 +77,8 @@ class GraphedLayers:
             return self._plain(hidden_states, *arguments, **keywords)
         inputs = (hidden_states, keywords["rotary_pos_emb"], rows.document_BS)
         if self._recording:
-            self._recorded = _Recorded(self._block, self._plain, self._queued, *inputs)
+            parameters = [p for p in self._block.parameters() if p.requires_grad]
+            self._recorded = _Recorded(self._plain, parameters, *inputs)
         if self._recorded is None:
             return self._plain(hidden_states, *arguments, **keywords)
         return _Replay.apply(self._recorded, *inputs)
@@ -100,9 +89,8 @@ class _Recorded:
 
     def __init__(
         self,
-        block: TransformerBlock,
-        plain: Callable[..., torch.Tensor],
-        queued: Callable[[Sequence[Mark]], None],
+        block: Callable[..., torch.Tensor],
+        parameters: list[torch.nn.Parameter],
         hidden: torch.Tensor,
         rotation: torch.Tensor,
         document: torch.Tensor,
@@ -110,8 +98,7 @@ class _Recorded:
         self.hidden = hidden.detach().clone().requires_grad_()
         self.rotation = rotation.detach().clone().requires_grad_(rotation.requires_grad)
         self.document = document.clone()
-        self._plain, self._queued, self._marks = plain, queued, []
-        parameters = [p for p in block.parameters() if p.requires_grad]
+        self._block = block
         leaves = [self.hidden, self.rotation, *parameters]
         for _ in range(WARM_UPS):
             out = self._forward()
@@ -121,7 +108,7 @@ class _Recorded:
         stream = torch.cuda.current_stream()
         # Other threads allocate pinned memory meanwhile: only this one must not do what cannot be recorded.
         mode = {"stream": stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.graph(self.forward_graph, **mode), self._marked(block.layers):
+        with torch.cuda.graph(self.forward_graph, **mode):
             out = self._forward()
         self.grad_out = torch.zeros_like(out)
         with torch.cuda.graph(self.backward_graph, pool=self.forward_graph.pool(), **mode):
@@ -134,29 +121,7 @@ class _Recorded:
     def backward(self) -> None:
         """Replay the backward pass and add the gradients of parameters to their sums."""
         self.backward_graph.replay()
-        self._queued(self._marks)
         self._accumulation.add()
-
-    @contextmanager
-    def _marked(self, layers: torch.nn.ModuleList) -> Iterator[None]:
-        """Forward passes inside make backward passes that record marks, outside of what the graph orders by itself."""
-
-        def at_output(first: int) -> Callable[..., None]:
-            def hook(_layer: torch.nn.Module, _inputs: Any, outputs: tuple) -> None:
-                # The gradient of a layer's output is there when all layers behind it are done.
-                event = torch.cuda.Event(external=True)
-                self._marks.insert(0, Mark(event, first))
-                outputs[0].register_hook(lambda _: event.record())
-
-            return hook
-
-        places = range(MARK_EVERY, len(layers), MARK_EVERY)
-        hooks = [layers[i - 1].register_forward_hook(at_output(i)) for i in places]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     @staticmethod
     def _gradients(
@@ -170,7 +135,7 @@ class _Recorded:
 
     def _forward(self) -> torch.Tensor:
         rows = PackedRows(document_BS=self.document)
-        return self._plain(
+        return self._block(
             self.hidden,
             None,
             rotary_pos_emb=self.rotation,

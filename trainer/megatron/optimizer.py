@@ -116,12 +116,11 @@ def update(
             _step(optimizer, factor)
         else:
             dense.append(optimizer)
-    if shards is not None:
-        shards.start_gather()
+    arrived = None if shards is None else shards.gather_weights()
     for optimizer in dense:
         _step(optimizer, factor)
-    if shards is not None:
-        shards.finish_gather()
+    if arrived is not None:
+        arrived()
 
 
 def _step(optimizer: MegatronOptimizer, factor: float) -> None:

@@ -232,12 +232,14 @@ def require_layout(config: OPDConfig) -> None:
             f"sampling with parallel.tensor={config.parallel.tensor} (one decoded token is no sequence to split)",
             remedy="set parallel.tensor=1 and spread with parallel.expert and data parallelism",
         )
-    static = config.device == "cuda" and config.expert_compute == "triton"
-    if config.sampling.cuda_graph and not static:
+    alone = config.parallel.expert == 1 and config.expert_compute == "triton"
+    if config.sampling.cuda_graph and not (alone and config.device == "cuda"):
         raise ConfigError(
-            "sampling.cuda_graph where there is no CUDA, or the host waits for the experts' token counts",
-            got=f"device: {config.device}, expert_compute: {config.expert_compute}",
-            expected="device: cuda, expert_compute: triton",
+            "sampling.cuda_graph where there is no CUDA, the host waits for the experts' token counts, or ranks "
+            "exchange tokens (a decoding step recorded with exchanges has never been run)",
+            got=f"device: {config.device}, parallel.expert={config.parallel.expert}, "
+            f"expert_compute: {config.expert_compute}",
+            expected="device: cuda, parallel.expert=1, expert_compute: triton",
             remedy="set sampling.cuda_graph=false",
         )
 

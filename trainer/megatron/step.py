@@ -114,7 +114,7 @@ class Trainer:
         )
 
     def _graphed_layers(self) -> GraphedLayers:
-        graphed = GraphedLayers(self.student.decoder, self.model.backward_queued)
+        graphed = GraphedLayers(self.student.decoder)
         self.topology.at_end.callback(graphed.release)
         return graphed
 
@@ -206,8 +206,7 @@ class Trainer:
         """The step's gradients and its sums [C, M] once more, of this rank alone; routers are left as they were."""
         self.model.zero_grad_buffer()
         self.student.config.finalize_model_grads_func = lambda *arguments, **keywords: None
-        with self.model.unsummed():
-            sums_CM = self._forward_backward(micro_batches, counts, Clock(self.topology.device))
+        sums_CM = self._forward_backward(micro_batches, counts, Clock(self.topology.device))
         self.student.config.finalize_model_grads_func = self._finalize
         self._forget_routing()
         return sums_CM

@@ -25,7 +25,8 @@ class Topology:
     """Ranks, sizes and groups of this process, passed as a value to whatever communicates.
 
     Experts are spread over all ranks whatever their TP rank: EP groups cut the world anew. at_end: what is to be let go
-    before the groups are taken down.
+    before the groups are taken down,
+    after an error too.
     """
 
     device: torch.device
@@ -171,9 +172,11 @@ def distributed(
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     topology = _topology(device, rank, world_size)
-    yield topology
-    dist.barrier()
-    topology.at_end.close()
+    try:
+        yield topology
+        dist.barrier()
+    finally:
+        topology.at_end.close()
     parallel_state.destroy_model_parallel()
     if not joined:
         dist.destroy_process_group()
