@@ -19,6 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from trainer.megatron.collectives import all_gather, reduce_scatter
+
 
 def main() -> None:
     """Measure and print."""
@@ -51,11 +53,11 @@ def measure(num_bytes: int, device: str) -> dict[str, dict[str, float]]:
         "all_reduce fp32": (2 * part * whole.nbytes, lambda: dist.all_reduce(whole)),
         "reduce_scatter fp32": (
             part * whole.nbytes,
-            lambda: dist.reduce_scatter_tensor(own, whole),
+            lambda: reduce_scatter(own, whole),
         ),
         "all_gather bf16": (
             part * half.nbytes,
-            lambda: dist.all_gather_into_tensor(half, own_half),
+            lambda: all_gather(half, own_half),
         ),
         "all_to_all bf16": (part * half.nbytes, lambda: dist.all_to_all_single(other, half)),
     }

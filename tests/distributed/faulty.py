@@ -21,8 +21,8 @@ def _install(fault: str, split: str, rank: int, nth: int) -> None:
         return
     read, counted = RunData.batch, [0]
 
-    def batch(self: RunData, of_split: str, rows: Any, *rest: Any) -> Any:
-        made = read(self, of_split, rows, *rest)
+    def batch(self: RunData, of_split: str, rows: Any, *rest: Any, **named: Any) -> Any:
+        made = read(self, of_split, rows, *rest, **named)
         before = counted[0]
         counted[0] += len(rows) if of_split == split else 0
         if not before < nth <= counted[0]:

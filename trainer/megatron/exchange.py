@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from trainer.megatron.collectives import all_gather
+
 if TYPE_CHECKING:  # triton is on CUDA alone
     from trainer.kernels.norm import Unsummed
-
-# torch 2.13 renamed it and warns of the old name.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Gathering:
@@ -94,7 +93,7 @@ class _GivenBack(torch.autograd.Function):
 
 def _begin(x_TD: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, Any]:
     all_XD = x_TD.new_empty(group.size() * len(x_TD), *x_TD.shape[1:])
-    return all_XD, _all_gather(all_XD, x_TD.contiguous(), group=group, async_op=True)
+    return all_XD, all_gather(all_XD, x_TD.contiguous(), group=group, async_op=True)
 
 
 def _exchanged(all_XD: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -27,11 +27,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch.distributed import _coalescing_manager
 
 from common.errors import ConfigError
+from trainer.megatron.collectives import all_gather, reduce_scatter
 from trainer.megatron.experts import RoutedExperts
-
-# torch 2.13 renamed both and warns of the old names.
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class ExpertShards:
@@ -57,14 +54,14 @@ class ExpertShards:
     def sum_gradients(self) -> None:
         """Of each buffer this rank's own part is summed over the group, in place; the rest holds rubbish then."""
         pairs = ((shard_of(of).main_grad, of.main_grad) for of in self._wholes)
-        self._begin(_reduce_scatter, pairs)()
+        self._begin(reduce_scatter, pairs)()
 
     def gather_weights(self) -> Callable[[], None]:
         """Send the model's weights from their owners to all, in place, behind what the current stream has queued; what
         is returned makes the stream wait for them.
         """
         pairs = ((of.detach(), shard_of(of).detach()) for of in self._wholes)
-        return self._begin(_all_gather, pairs)
+        return self._begin(all_gather, pairs)
 
     def _begin(
         self, collective: Callable[..., Any], pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]

@@ -169,8 +169,9 @@ class Sampler:
         passes = self._largest(len(rows))
         for row in [*rows, *([[]] * (passes - len(rows)))]:
             # As long on every rank of the group, which exchanges equal numbers of tokens.
-            longest = self._largest(max(1, sum(len(tokens_T) for _, tokens_T in row)))
-            length = self.row_len or longest
+            length = self.row_len or self._largest(
+                max(1, sum(len(tokens_T) for _, tokens_T in row))
+            )
             tokens_BS, rows_ = prefill_rows(self._cache, row, length, self._device)
             self.student(tokens_BS, None, None, packed_seq_params=rows_)
         return passes

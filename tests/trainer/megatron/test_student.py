@@ -75,7 +75,7 @@ def _experts(trainer) -> dict:
     torch.nn.init.normal_(experts.fc1_bias, generator=generator)
     torch.nn.init.normal_(experts.fc2_bias, generator=generator)
     inputs = [x, gate, *experts.parameters()]
-    y = experts(x, gate.unsqueeze(1), experts.sort(owner.unsqueeze(1), 8))
+    y = experts(x, gate.unsqueeze(1), experts.sort(owner.unsqueeze(1)))
     grads = torch.autograd.grad((y * weigh).sum(), inputs)
     token_by_token = torch.stack(
         [_one_token(x[n], gate[n], experts, int(owner[n])) for n in range(11)]
