@@ -1,8 +1,11 @@
-"""A checkpoint read on another layout and written again is bit by bit the same checkpoint."""
+"""Layouts: a checkpoint read on another and written again is bit by bit the same; what ends before the groups do."""
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+
+import pytest
 
 from tests.distributed.gloo import run_gloo
 from tests.distributed.stored import assert_same_tensors
@@ -45,3 +48,25 @@ def test_states_pass_through_every_layout_unchanged(tmp_path) -> None:
     run_gloo(_passed_on, 1, str(tmp_path), ["one", "shards"])
     for number in range(2, 9):
         assert_same_tensors(tmp_path / "step-00000001", tmp_path / f"step-{number:08d}")
+
+
+def _let_go(_rank: int, error: bool) -> list[bool]:
+    """Whether the groups still stood when something was let go at the end."""
+    from megatron.core import parallel_state
+
+    from trainer.config import ParallelConfig
+    from trainer.megatron.topology import distributed
+
+    stood: list[bool] = []
+    with contextlib.suppress(ArithmeticError), distributed("cpu", ParallelConfig(), 1) as topology:
+        topology.at_end.callback(
+            lambda: stood.append(parallel_state.model_parallel_is_initialized())
+        )
+        if error:
+            raise ArithmeticError
+    return stood
+
+
+@pytest.mark.parametrize("error", [False, True])
+def test_what_holds_collectives_is_let_go_before_the_groups_are_taken_down(error) -> None:
+    assert run_gloo(_let_go, 1, error) == [[True]]
