@@ -43,22 +43,13 @@ def measure(num_bytes: int, device: str) -> dict[str, dict[str, float]]:
     ranks, rank = dist.get_world_size(), dist.get_rank()
     whole = torch.ones(num_bytes // 4 // ranks * ranks, device=device)
     half = whole.to(torch.bfloat16)
-    other, own, own_half = (
-        torch.empty_like(half),
-        whole.view(ranks, -1)[rank],
-        half.view(ranks, -1)[rank],
-    )
+    own, own_half = whole.view(ranks, -1)[rank], half.view(ranks, -1)[rank]
+    other = torch.empty_like(half)
     part = (ranks - 1) / ranks
     works: dict[str, tuple[float, Callable[[], Any]]] = {
         "all_reduce fp32": (2 * part * whole.nbytes, lambda: dist.all_reduce(whole)),
-        "reduce_scatter fp32": (
-            part * whole.nbytes,
-            lambda: reduce_scatter(own, whole),
-        ),
-        "all_gather bf16": (
-            part * half.nbytes,
-            lambda: all_gather(half, own_half),
-        ),
+        "reduce_scatter fp32": (part * whole.nbytes, lambda: reduce_scatter(own, whole)),
+        "all_gather bf16": (part * half.nbytes, lambda: all_gather(half, own_half)),
         "all_to_all bf16": (part * half.nbytes, lambda: dist.all_to_all_single(other, half)),
     }
     return {name: _timed(*of, device) for name, of in works.items()}

@@ -65,8 +65,7 @@ class RowReader:
         """The batch of these rows; one whose flag is off trains without targets, as do its documents without any.
 
         begin: told the index of each row before it is read. size: rows in which nothing is a target follow until there
-        are so many. Raises FormatError when a row whose flag is on has no
-        targets.
+        are so many. Raises FormatError when a row whose flag is on has no targets.
         """
         packed, documents = [], []
         for index, wanted in zip(rows, with_targets, strict=True):

@@ -10,7 +10,7 @@ import pytest
 
 from tests.distributed.gloo import run_gloo
 from tests.distributed.stored import assert_same_tensors, newest
-from tests.trainer.megatron.tiny import SEQ_LEN, micro_batches, step, tiny_config, tiny_rows
+from tests.trainer.megatron.tiny import SEQ_LEN, own_micro_batches, step, tiny_config, tiny_rows
 
 NORMUON = {"lr": 1e-2, "clip": 1e6, "normuon": {"lr": 2e-2}}
 
@@ -38,9 +38,8 @@ def _run(
             load_checkpoint(Path(source), trainer)
         norms = []
         for number in range(*steps):
-            rows = tiny_rows(8, seed=number)
-            mine = rows[topology.dp_rank * 8 // topology.dp_size :][: 8 // topology.dp_size]
-            norms.append(step(trainer, micro_batches(mine, 2), 1e-2).values["grad_norm"])
+            batches = own_micro_batches(tiny_rows(8, seed=number), 2, topology)
+            norms.append(step(trainer, batches, 1e-2).values["grad_norm"])
         require_equal_replicas(trainer.student)
         progress = Progress(step=steps[1], stream={}, provenance={})
         CheckpointWriter(Path(to), trainer, keep=1, asynchronous=False).save(progress)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.distributed.gloo import run_gloo
-from tests.trainer.megatron.tiny import SEQ_LEN, micro_batches, step, tiny_config, tiny_rows
+from tests.trainer.megatron.tiny import SEQ_LEN, own_micro_batches, step, tiny_config, tiny_rows
 
 STEPS, CLIP = 2, 0.05
 State = dict[str, dict[str, np.ndarray]]
@@ -35,9 +35,8 @@ def _life(rank: int, expert: int, precision: str, folders: list[str]) -> dict:
         def train(trainer: Trainer, first: int) -> list[float]:
             norms = []
             for number in range(first, first + STEPS):
-                rows = tiny_rows(8, seed=number)
-                mine = rows[topology.dp_rank * 8 // topology.dp_size :][: 8 // topology.dp_size]
-                report = step(trainer, micro_batches(mine, 2), 1e-2)
+                batches = own_micro_batches(tiny_rows(8, seed=number), 2, topology)
+                report = step(trainer, batches, 1e-2)
                 norms.append(report.values["grad_norm"])
             return norms
 

@@ -10,6 +10,7 @@ from tests.trainer.megatron.tiny import (
     SEQ_LEN,
     main_gradients,
     micro_batches,
+    own_micro_batches,
     step,
     tiny_config,
     tiny_rows,
@@ -32,9 +33,7 @@ def _one_step(_rank: int, parallel: dict, size: int, changes: dict) -> dict:
         from trainer.megatron.step import Trainer
 
         trainer = Trainer(config, topology, SEQ_LEN)
-        rows = tiny_rows(8)
-        mine = rows[topology.dp_rank * 8 // topology.dp_size :][: 8 // topology.dp_size]
-        report = step(trainer, micro_batches(mine, size), 1e-2)
+        report = step(trainer, own_micro_batches(tiny_rows(8), size, topology), 1e-2)
         axes = {n: getattr(p, "partition_dim", -1) for n, p in trainer.student.named_parameters()}
         return {
             "values": report.values,

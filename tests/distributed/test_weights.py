@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.distributed.gloo import run_gloo
-from tests.trainer.megatron.tiny import SEQ_LEN, micro_batches, step, tiny_config, tiny_rows
+from tests.trainer.megatron.tiny import SEQ_LEN, own_micro_batches, step, tiny_config, tiny_rows
 
 EXPERT = {"expert": 2}
 TENSOR = {"tensor": 2, "expert": 2, "sequence_parallel": True}
@@ -26,10 +26,10 @@ def _trained(_rank: int, folder: str, changes: dict[str, Any], steps: list[int])
     config = tiny_config(**changes)
     with distributed("cpu", config.parallel, seed=1, deterministic=True) as topology:
         trainer = Trainer(config, topology, SEQ_LEN)
-        rows = tiny_rows(8)[topology.dp_rank * 8 // topology.dp_size :][: 8 // topology.dp_size]
+        batches = own_micro_batches(tiny_rows(8), 2, topology)
         writer = CheckpointWriter(Path(folder), trainer, keep=len(steps), asynchronous=False)
         for done in range(1, max(steps) + 1):
-            step(trainer, micro_batches(rows, 2), 1e-2)
+            step(trainer, batches, 1e-2)
             if done in steps:
                 progress = Progress(step=done, stream={}, provenance={})
                 writer.save(progress)

@@ -31,32 +31,34 @@ _FAST = {
 
 def run(runtime: dict[str, Any], out: Path) -> None:
     """One rank: six steps of a small student; losses, norms and a hash of every parameter."""
-    from tests.trainer.megatron.tiny import SEQ_LEN, STUDENT, micro_batches, tiny_config, tiny_rows
+    from tests.trainer.megatron.tiny import (
+        SEQ_LEN,
+        STUDENT,
+        own_micro_batches,
+        tiny_config,
+        tiny_rows,
+    )
     from trainer.megatron.topology import distributed
 
     student = STUDENT | _WIDE | {"expert_width": 128}
     config = tiny_config(**_FAST | runtime, student=student)
     with distributed("cuda", config.parallel, seed=1) as topology:
-        from trainer.megatron.replicas import require_equal_replicas
+        from trainer.megatron.replicas import bit_sum, require_equal_replicas
         from trainer.megatron.step import Clock, Trainer
 
         trainer = Trainer(config, topology, SEQ_LEN)
         seen: dict[str, Any] = {"losses": [], "norms": []}
         for number in range(6):
-            rows = tiny_rows(16, seed=number)[topology.dp_rank * 8 :][:8]
+            batches = own_micro_batches(tiny_rows(16, seed=number), 4, topology)
             clock = Clock(topology.device)
             clock.mark("data")
-            batches = [b.to(topology.device) for b in micro_batches(rows, 4)]
-            values = trainer.step(batches, 3e-3, clock).values
+            on_device = [batch.to(topology.device) for batch in batches]
+            values = trainer.step(on_device, 3e-3, clock).values
             seen["losses"].append(values["loss/total"])
             seen["norms"].append(values["grad_norm"])
         require_equal_replicas(trainer.student)
-        seen["weights"] = {
-            name: int(
-                p.detach().view(torch.int16 if p.element_size() == 2 else torch.int32).long().sum()
-            )
-            for name, p in trainer.student.named_parameters()
-        }
+        parameters = trainer.student.named_parameters()
+        seen["weights"] = {name: int(bit_sum(parameter)) for name, parameter in parameters}
         (out / f"{topology.rank}.json").write_text(json.dumps(seen))
 
 

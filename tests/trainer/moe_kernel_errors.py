@@ -220,10 +220,10 @@ def expert_errors(
     leaves = expert_inputs(device, experts_TK, sizes, base=base)
     wides = [None if t is None else t.detach().double().requires_grad_() for t in leaves]
     experts_TK = experts_TK.to(device)
-    want = _named(wides, plain_experts(*wides[:2], experts_TK, *wides[2:], first=first or 0))
+    begin, end = first or 0, (first or 0) + sizes[0]
+    want = _named(wides, plain_experts(*wides[:2], experts_TK, *wides[2:], first=begin))
     got = expert_results(leaves, experts_TK, sizes[0], first)
-    rows = experts_TK.flatten().long().bincount(minlength=(first or 0) + sizes[0])
-    idle = rows[first or 0 :][: sizes[0]] == 0
+    idle = experts_TK.flatten().long().bincount(minlength=end)[begin:end] == 0
     errors = {name: gap(got[name], want[name]) / BF16 for name in want}
     for name in ("fc1", "bias1", "fc2", "bias2"):
         if bool((got[name][idle] != 0).any()) or got[name].dtype != torch.bfloat16:

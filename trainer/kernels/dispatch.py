@@ -78,17 +78,18 @@ def sort_slots(experts_TK: torch.Tensor, num_experts: int, first: int | None = N
     experts_TK = experts_TK.contiguous()
     order_N, place_TK = experts_TK.new_empty(experts_TK.numel()), torch.empty_like(experts_TK)
     slots = order_N.numel()
-    of_experts = experts_TK.new_empty(3, num_experts).unbind(0)
+    rows_E, ends_E, longest_E = of_experts = experts_TK.new_empty(3, num_experts).unbind(0)
+    some = first is not None
+    sorted_slots = Slots(order_N, place_TK, *of_experts, ends_E[-1:] if some else None)
     if slots == 0:
-        rows_E, ends_E, longest_E = of_experts
+        rows_E.zero_()
+        ends_E.zero_()
         torch.arange(num_experts, out=longest_E)
-        held_1 = None if first is None else ends_E[-1:]
-        return Slots(order_N, place_TK, rows_E.zero_(), ends_E.zero_(), longest_E, held_1)
+        return sorted_slots
     blocks = triton.cdiv(slots, _SORT_BLOCK)
     # One more for what is elsewhere, the last.
-    keys = num_experts + (first is not None)
-    counts_EB = experts_TK.new_empty(keys, blocks)
-    padded, some = triton.next_power_of_2(keys), first is not None
+    keys = num_experts + some
+    counts_EB, padded = experts_TK.new_empty(keys, blocks), triton.next_power_of_2(keys)
     _histogram_kernel[(blocks,)](
         *(experts_TK, counts_EB, slots, blocks, first or 0, num_experts, keys),
         *(some, padded, _SORT_BLOCK),
@@ -101,7 +102,7 @@ def sort_slots(experts_TK: torch.Tensor, num_experts: int, first: int | None = N
         *(num_experts, some, padded, math.gcd(padded, _LONGEST_BLOCK), _SORT_BLOCK),
         num_warps=8,
     )
-    return Slots(order_N, place_TK, *of_experts, of_experts[1][-1:] if some else None)
+    return sorted_slots
 
 
 @triton.jit(do_not_specialize=["slots", "blocks", "first"])

@@ -86,12 +86,13 @@ def sharded_parts(tensors: dict[str, Any]) -> dict[str, Any]:
 
 
 def _part(tensor: Any) -> Any:
-    shard = getattr(getattr(tensor, "data", None), "expert_shard", None)
-    if shard is None or not isinstance(tensor, ShardedTensor):
+    if not isinstance(tensor, ShardedTensor):
         return tensor
-    axis, whole = tensor.prepend_axis_num, tensor.data
+    whole, shard, axis = tensor.data, shard_of(tensor.data), tensor.prepend_axis_num
+    if shard is whole:
+        return tensor
     offset, fragments = list(tensor.global_offset), list(tensor.axis_fragmentations)
-    offset[axis] += (shard.data_ptr() - whole.data_ptr()) // (whole[0].nbytes)
+    offset[axis] += (shard.storage_offset() - whole.storage_offset()) // whole.stride(0)
     fragments[axis] *= len(whole) // len(shard)
     return replace(
         tensor,

@@ -46,7 +46,7 @@ def require_equal_replicas(student: Student) -> None:
 def _differing(parameters: dict[str, torch.nn.Parameter], group: dist.ProcessGroup) -> list[str]:
     if not parameters:
         return []
-    least = torch.stack([_bits(parameter) for parameter in parameters.values()])
+    least = torch.stack([bit_sum(parameter) for parameter in parameters.values()])
     most = least.clone()
     dist.all_reduce(least, op=dist.ReduceOp.MIN, group=group)
     dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
@@ -55,7 +55,7 @@ def _differing(parameters: dict[str, torch.nn.Parameter], group: dist.ProcessGro
     ]
 
 
-def _bits(parameter: torch.nn.Parameter) -> torch.Tensor:
+def bit_sum(parameter: torch.nn.Parameter) -> torch.Tensor:
     """The sum of a parameter's bit patterns as integers: exact in any order of summation."""
     kind = torch.int16 if parameter.element_size() == 2 else torch.int32
     return parameter.detach().view(kind).sum(dtype=torch.int64)

@@ -25,8 +25,7 @@ class Topology:
     """Ranks, sizes and groups of this process, passed as a value to whatever communicates.
 
     Experts are spread over all ranks whatever their TP rank: EP groups cut the world anew. at_end: what is to be let go
-    before the groups are taken down,
-    after an error too.
+    before the groups are taken down, after an error too.
     """
 
     device: torch.device

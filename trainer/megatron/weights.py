@@ -77,7 +77,8 @@ def read_weights(path: Path, student: Student, names: Iterable[str]) -> None:
         for target in (getattr(tensor.data, "main_param", tensor.data), tensor.data):
             target.copy_(loaded[name])
     if student.expert_shards is not None:
-        student.expert_shards.gather_weights()()
+        arrived = student.expert_shards.gather_weights()
+        arrived()
 
 
 def _tensors(student: Student) -> dict[str, ShardedTensor]:

@@ -76,6 +76,12 @@ def micro_batches(rows: list[tuple[Any, Any]], size: int) -> list[Batch]:
     ]
 
 
+def own_micro_batches(rows: list[tuple[Any, Any]], size: int, topology: Any) -> list[Batch]:
+    """`micro_batches` of this data-parallel rank's part of a step's rows, a multiple of the ranks in number."""
+    share = len(rows) // topology.dp_size
+    return micro_batches(rows[topology.dp_rank * share :][:share], size)
+
+
 def in_vocabulary(batch: Batch) -> Batch:
     """The batch with the ids of padding and document ends (199999) folded into the tiny vocabulary."""
     return dataclasses.replace(
