@@ -178,7 +178,7 @@ def make_inputs(
 def second_half(moe: torch.nn.Module, inputs: tuple[torch.Tensor, torch.Tensor]) -> float:
     """Median milliseconds of a recorded pass from attention's output on, forward and backward."""
     from trainer.kernels.norm import Unsummed
-    from trainer.megatron.around_attention import after
+    from trainer.megatron.around_attention import after, shared_expert
 
     x, grad = inputs
     for parameter in moe.experts.parameters():
@@ -193,14 +193,16 @@ def second_half(moe: torch.nn.Module, inputs: tuple[torch.Tensor, torch.Tensor])
 
     def once() -> None:
         unsummed = Unsummed()
-        outs = after(*(t.flatten(0, 1) for t in (hidden, out)), (*own, *of_shared), 1e-5, unsummed)
-        residual, shared_out, normed, for_router = (t.view_as(x) for t in outs)
+        inputs = (t.flatten(0, 1) for t in (hidden, out))
+        residual, normed, for_router, for_shared = after(
+            *inputs, tuple(own), of_shared[-1], 1e-5, unsummed
+        )
+        beside = lambda: shared_expert(for_shared, residual, tuple(of_shared))  # noqa: E731
         total = moe.routed(
-            normed,
+            normed.view_as(x),
             None,
-            shared_out,
-            residual_SBD=residual,
-            router_x_SBD=for_router,
+            beside,
+            router_x_SBD=for_router.view_as(x),
             unsummed=unsummed,
         )
         torch.autograd.grad(total, leaves, grad)

@@ -63,7 +63,7 @@ def layer_gradients(device: str, sizes: tuple[int, ...], *, left: bool) -> dict[
     from trainer.kernels.experts import fused_experts
     from trainer.kernels.norm import Unsummed
     from trainer.kernels.routing import routed
-    from trainer.megatron.around_attention import after
+    from trainer.megatron.around_attention import after, shared_expert
 
     T, D, W, E, F = sizes
     make = torch.Generator(device).manual_seed(T)
@@ -78,9 +78,9 @@ def layer_gradients(device: str, sizes: tuple[int, ...], *, left: bool) -> dict[
         for name, shape in shapes.items()
     }
     unsummed = Unsummed() if left else None
-    residual, shared, x, router_x = after(
-        leaves["hidden"], leaves["out"], tuple(leaves[n] for n in WEIGHTS), EPS, unsummed
-    )
+    inputs, weights = (leaves["hidden"], leaves["out"]), [leaves[n] for n in WEIGHTS]
+    residual, x, router_x, shared_x = after(*inputs, tuple(weights[:3]), weights[-1], EPS, unsummed)
+    shared, residual = shared_expert(shared_x, residual, tuple(weights[3:]))
     choice: dict[str, Any] = {"rows": 2, "topk": 4, "groups": 4, "group_topk": 2, "scaling": 2.5}
     balance = torch.zeros(E, device=device)
     got = routed(router_x, leaves["router"], leaves["router_bias"], balance, None, **choice)

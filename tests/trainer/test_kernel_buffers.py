@@ -121,11 +121,11 @@ def test_kernels_of_experts(compiled) -> None:
     w1, b1, w2, b2 = weights = [torch.zeros(s, dtype=torch.bfloat16) for s in shapes]
     experts.up(x_TD, slots, w1, b1)
     experts.down(z_NF, gates_TK, slots, w2, b2)
+    _, *states = experts_backward.inner(x_TD, gates_TK, z_NF, slots, w2, b2)
+    experts_backward.rows(states[0], slots, w1)
     for sums in (weights, [w.float() for w in weights]):
-        experts_backward.gradients(
-            *(x_TD, x_TD, gates_TK, z_NF, slots, w1, w2, b2, sums),
-            add=sums[0].dtype == torch.float32,
-        )
+        add = sums[0].dtype == torch.float32
+        experts_backward.weight_gradients(x_TD, x_TD, tuple(states), slots, sums, add=add)
     _all_safe(
         compiled, "_up_kernel", "_down_kernel", "_inner_kernel", "_rows_kernel", "_outer_kernel"
     )

@@ -57,7 +57,7 @@ def test_what_is_left_is_taken_once() -> None:
 
     rows, place = torch.zeros(4, 8), torch.zeros(2, 2, dtype=torch.int32)
     unsummed = Unsummed((rows, place))
-    assert unsummed.take() == (rows, place)
+    assert unsummed.take() == ((rows, place), [])
     with pytest.raises(AssertionError):
         unsummed.take()
 

@@ -263,17 +263,19 @@ def sum_slots(
     bases_TD: Sequence[torch.Tensor] = (),
     config: SumConfig = SUM,
     held_1: torch.Tensor | None = None,
+    out_TD: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """[T, D] of y's dtype: the sum over each token's slots and of bases, in fp32 in the order of k, rounded once.
 
-    y_ND: rows in the order of slots; place_TK, held_1: see Slots; bases: at most two [T, D] of y's dtype. No gradient
-    of its own.
+    y_ND: rows in the order of slots; place_TK, held_1: see Slots; bases: at most three [T, D] of y's dtype. out_TD:
+    where to write it, contiguous. No gradient of its own.
     """
     (tokens, K), D = place_TK.shape, y_ND.shape[1]
-    out_TD, bases = y_ND.new_empty(tokens, D), [base.contiguous() for base in bases_TD]
+    out_TD = y_ND.new_empty(tokens, D) if out_TD is None else out_TD
+    bases = [base.contiguous() for base in bases_TD]
     if tokens:
         _sum_kernel[(triton.cdiv(tokens, config.tokens),)](
-            *(y_ND, place_TK, *(bases + [y_ND] * 2)[:2], out_TD, tokens),
+            *(y_ND, place_TK, *(bases + [y_ND] * 3)[:3], out_TD, tokens),
             *(place_TK if held_1 is None else held_1, held_1 is not None),
             *(len(bases), D, triton.next_power_of_2(D), K, config.tokens),
             num_warps=config.warps,
@@ -286,7 +288,8 @@ def _sum_kernel(
     y,
     place,
     base,
-    other,
+    second,
+    third,
     out,
     tokens,
     held,
@@ -311,5 +314,7 @@ def _sum_kernel(
     if BASES > 0:
         total += tl.load(base + own, mask=inside, other=0.0).to(tl.float32)
     if BASES > 1:
-        total += tl.load(other + own, mask=inside, other=0.0).to(tl.float32)
+        total += tl.load(second + own, mask=inside, other=0.0).to(tl.float32)
+    if BASES > 2:
+        total += tl.load(third + own, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + own, total.to(out.dtype.element_ty), mask=inside)

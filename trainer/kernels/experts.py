@@ -14,7 +14,7 @@ Shapes: T tokens, K slots of each, N = T K slots sorted by expert, E experts, D 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -68,18 +68,19 @@ def fused_experts(
     bias2_ED: torch.Tensor,
     sums: Sequence[torch.Tensor] | None = None,
     unsummed: Unsummed | None = None,
+    room: Callable[[torch.Tensor], torch.Tensor] = torch.empty_like,
 ) -> torch.Tensor:
     """[T, D] bf16: see the top of this file; with gradients of x, gates, bases and the four weights.
 
-    bases: none, one or two [T, D], bf16 as x and the weights are; gates fp32. T may be 0: the weights' gradients are
+    bases: none to three [T, D], bf16 as x and the weights are; gates fp32. T may be 0: the weights' gradients are
     then zeros. D a multiple of 16, F a power of two in 16 .. 256. sums: contiguous fp32 tensors of the weights' shapes
     to which the backward pass adds their gradients, unrounded; the weights themselves then get none. unsummed: what
-    takes the gradients of x by slots, T above 0, all experts here; x itself then gets none. Of slots of experts
-    elsewhere nothing is added, and their gates get zeros. ConfigError: another shape or dtype.
+    takes the gradients of x by slots, T above 0; x itself then gets none. Of slots of experts elsewhere nothing is
+    added, and their gates get zeros. room: where the result is written, from x. ConfigError: another shape or dtype.
     """
     _check(x_TD, gates_TK, fc1_EFD, bias1_EF, fc2_EDF, bias2_ED)
     weights = (fc1_EFD, bias1_EF, fc2_EDF, bias2_ED)
-    others = (*weights, sums, unsummed, *slots)
+    others = (*weights, sums, unsummed, room, *slots)
     return _FusedExperts.apply(x_TD, gates_TK, len(bases_TD), *bases_TD, *others)
 
 
@@ -114,7 +115,7 @@ class _FusedExperts(torch.autograd.Function):
         *rest: Any,
     ) -> torch.Tensor:
         bases_TD, weights = rest[:num_bases], [w.contiguous() for w in rest[num_bases:][:4]]
-        sums, ctx.unsummed, *slots = rest[num_bases + 4 :]
+        sums, ctx.unsummed, room, *slots = rest[num_bases + 4 :]
         x_TD, gates_TK, of = x_TD.contiguous(), gates_TK.contiguous(), Slots(*slots)
         ctx.num_bases, ctx.tiles, ctx.sums = num_bases, {}, sums
         if x_TD.shape[0] == 0:
@@ -122,7 +123,7 @@ class _FusedExperts(torch.autograd.Function):
         else:
             z_NF = up(x_TD, of, *weights[:2], known=ctx.tiles)
             y_ND = down(z_NF, gates_TK, of, *weights[2:], known=ctx.tiles)
-            out_TD = sum_slots(y_ND, of.place_TK, bases_TD, held_1=of.held_1)
+            out_TD = sum_slots(y_ND, of.place_TK, bases_TD, held_1=of.held_1, out_TD=room(x_TD))
         ctx.save_for_backward(x_TD, gates_TK, z_NF, *weights, *slots)
         return out_TD
 
@@ -135,18 +136,22 @@ class _FusedExperts(torch.autograd.Function):
             x_grad, gates_grad = torch.zeros_like(x_TD), torch.zeros_like(gates_TK)
         else:
             fc1_EFD, _, *of_second = weights
-            rows_ND, gates_grad = backward_kernels.gradients(
-                *(grad_TD.contiguous(), x_TD, gates_TK, z_NF, slots, fc1_EFD, *of_second, sums),
-                add=ctx.sums is not None,
-                known=ctx.tiles,
+            grad_TD = grad_TD.contiguous()
+            gates_grad, *states = backward_kernels.inner(
+                grad_TD, gates_TK, z_NF, slots, *of_second, known=ctx.tiles
             )
+            rows_ND = backward_kernels.rows(states[0], slots, fc1_EFD, known=ctx.tiles)
             if ctx.unsummed is None:
                 x_grad = sum_slots(rows_ND, slots.place_TK, held_1=slots.held_1)
-            else:
-                x_grad, ctx.unsummed.slotted = None, (rows_ND, slots.place_TK)
+            else:  # which may send them, while the weights' gradients are made
+                x_grad = None
+                ctx.unsummed.leave(rows_ND, slots.place_TK, gates_grad, slots.held_1)
+            backward_kernels.weight_gradients(
+                grad_TD, x_TD, tuple(states), slots, sums, add=ctx.sums is not None
+            )
         base_grads = [grad_TD] * ctx.num_bases
         weight_grads = sums if ctx.sums is None else [None] * 4
-        of_weights = (*weight_grads, None, None)
+        of_weights = (*weight_grads, None, None, None)
         return (x_grad, gates_grad, None, *base_grads, *of_weights, *[None] * len(slots))
 
 

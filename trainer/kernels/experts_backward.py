@@ -65,31 +65,22 @@ OUTER = OuterConfig(cols=128, step=64, warps=8, stages=3, registers=128)
 SIDE = 16  # columns: the narrowest product. A slot has its gate in two bf16 parts, and 1.
 
 
-def gradients(
+def weight_gradients(
     g_TD: torch.Tensor,
     x_TD: torch.Tensor,
-    gates_TK: torch.Tensor,
-    z_NF: torch.Tensor,
+    inner_states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     slots: Slots,
-    fc1_EFD: torch.Tensor,
-    fc2_EDF: torch.Tensor,
-    bias2_ED: torch.Tensor,
     sums: Sequence[torch.Tensor],
     *,
     add: bool,
-    known: TileMaps | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of x, still to be summed over each token's slots (`rows`), and of gates, fp32; arguments contiguous, T > 0.
+) -> None:
+    """Of fc1, bias1, fc2, bias2, into `sums`, of their shapes and any dtype; add: to what is in there.
 
-    sums: what takes the gradients of fc1, bias1, fc2, bias2, of their shapes and any dtype; add: to what is in there.
+    inner_states: dz, h and side of `inner`.
     """
-    gates_grad, dz_NF, h_NF, side_NC = inner(
-        g_TD, gates_TK, z_NF, slots, fc2_EDF, bias2_ED, known=known
-    )
-    x_grad_ND = rows(dz_NF, slots, fc1_EFD, known=known)
+    dz_NF, h_NF, side_NC = inner_states
     outer(dz_NF, x_TD, side_NC, slots, *sums[:2], gated=False, add=add)
     outer(h_NF, g_TD, side_NC, slots, *sums[2:], gated=True, add=add)
-    return x_grad_ND, gates_grad
 
 
 def inner(

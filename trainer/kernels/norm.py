@@ -40,11 +40,21 @@ class Unsummed:
 
     slotted: Slotted | None = None
 
-    def take(self) -> Slotted:
-        """What was left; once."""
+    def leave(
+        self,
+        rows_ND: torch.Tensor,
+        place_TK: torch.Tensor,
+        _gates_grad_TK: torch.Tensor,
+        _held_1: torch.Tensor | None,
+    ) -> None:
+        """The gradients of x by slots and of gates, before those of weights; place, held: see dispatch.Slots."""
+        self.slotted = (rows_ND, place_TK)
+
+    def take(self) -> tuple[Slotted, list[torch.Tensor]]:
+        """What was left, by slots and whole [T, D]; once."""
         taken, self.slotted = self.slotted, None
         assert taken is not None, "the experts left no gradient in this pass"
-        return taken
+        return taken, []
 
 
 def norm_gradients(

@@ -1,13 +1,16 @@
-"""What surrounds attention in a layer, as plain functions and as two autograd functions.
+"""What surrounds attention in a layer, as plain functions and as three autograd functions.
 
-`before_attention` is a norm and a projection, `after_attention` the output projection, the residual, a norm and the
-expert that every token visits (or the dense MLP). `before` and `after` compute the same on CUDA: forward by
-torch.compile, one compilation for all layers of a kind, backward written out (`before_gradients`, `after_gradients`).
-Why written out: autograd adds up the gradients of a tensor with two readers by a kernel of its own, three times the
-tensor's bytes, and the compiler reads a norm's inputs twice, for its gradient and for its weight's (81 and 48 us at
-32,768 tokens on an H200). So such a tensor is given out once for each reader, and one kernel (trainer/kernels/norm.py)
-adds up what its readers have, the routed experts' rows too, and makes all sums over tokens on the way. Likewise
-residual and shared expert leave apart: the kernel that sums over experts adds both.
+`before_attention` is a norm and a projection, `after_attention` the output projection, the residual and a norm,
+`two_products` the expert that every token visits (or the dense MLP). `before`, `after` and `shared_expert` compute the
+same on CUDA: forward by torch.compile, one compilation for all layers of a kind, backward written out
+(`before_gradients`, `after_gradients`, `shared_gradients`). Why written out: autograd adds up the gradients of a tensor
+with two readers by a kernel of its own, three times the tensor's bytes, and the compiler reads a norm's inputs twice,
+for its gradient and for its weight's (81 and 48 us at 32,768 tokens on an H200). So such a tensor is given out once for
+each reader, and one kernel (trainer/kernels/norm.py) adds up what its readers have, the routed experts' rows too, and
+makes all sums over tokens on the way. Likewise residual and shared expert leave apart: the kernel that sums over
+experts adds both.
+
+The shared expert stands apart from `after` so that it can run, both ways, while rows are between ranks (exchange.py).
 
 Kept for the backward pass: the layer's input, attention's output, the residual, its norm (which the experts keep too)
 and the inner states before their activation.
@@ -60,18 +63,23 @@ def before_attention(
 
 def after_attention(
     hidden_TD: torch.Tensor, out_TA: torch.Tensor, weights: tuple[torch.Tensor, ...], eps: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(residual, shared, x, inner): the layer's output is the sum of the first two and of what the routed experts make
-    of x; inner [T, W] is the states before relu^2.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(residual, x): the layer's output is residual and what routed and shared experts make of x, its norm.
 
-    weights: proj [D, A], proj_bias, norm, fc1 [W, D], fc1_bias, fc2 [D, W], fc2_bias. Any leading axes.
+    weights: proj [D, A], proj_bias, norm. Any leading axes.
     """
-    proj, proj_bias, norm, fc1, fc1_bias, fc2, fc2_bias = weights
+    proj, proj_bias, norm = weights
     residual_TD = hidden_TD + _linear(out_TA, proj, proj_bias)
-    x_TD = rms_norm(residual_TD, norm, eps).to(hidden_TD.dtype)
+    return residual_TD, rms_norm(residual_TD, norm, eps).to(hidden_TD.dtype)
+
+
+def two_products(
+    x_TD: torch.Tensor, weights: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(W2 relu(W1 x + b1)^2 + b2, W1 x + b1). weights: fc1 [W, D], fc1_bias, fc2 [D, W], fc2_bias. Any leading axes."""
+    fc1, fc1_bias, fc2, fc2_bias = weights
     inner_TW = _linear(x_TD, fc1, fc1_bias)
-    shared_TD = _linear(torch.relu(inner_TW).square(), fc2, fc2_bias)
-    return residual_TD, shared_TD, x_TD, inner_TW
+    return _linear(torch.relu(inner_TW).square(), fc2, fc2_bias), inner_TW
 
 
 def before_gradients(
@@ -94,35 +102,37 @@ def before_gradients(
 
 def after_gradients(
     residual_grad_TD: torch.Tensor,
-    shared_grad_TD: torch.Tensor,
-    x_grads: tuple[torch.Tensor, ...],
+    x_grads: list[torch.Tensor],
     slotted: Slotted | None,
     kept: tuple[torch.Tensor, ...],
     weights: tuple[torch.Tensor, ...],
     eps: float,
 ) -> Grads:
-    """Of hidden, out and the seven weights. x_grads: of readers of x, at most two; slotted: of one more, by slots (see
-    trainer/kernels/norm.py). kept: out, x, residual, inner.
+    """Of hidden, out, proj, proj_bias, norm, and the sum of residual_grad over tokens. x_grads: of readers of x, one to
+    three; slotted: of one more, by slots (see trainer/kernels/norm.py). kept: out and residual; weights: proj and norm.
     """
-    out_TA, x_TD, residual_TD, inner_TW = kept
-    proj, _, norm, fc1, _, fc2, _ = weights
-    inner_grad_TW, squared_TW, fc1_bias_grad = relu_squared_gradients(
-        shared_grad_TD @ fc2, inner_TW
-    )
-    grads = [*x_grads, inner_grad_TW @ fc1]
-    of = norm_gradients(residual_TD, norm, grads, residual_grad_TD, eps, slotted)
-    # One reader adds up both: their gradients are one tensor, and its sum is there already.
-    one = residual_grad_TD.data_ptr() == shared_grad_TD.data_ptr()
+    (out_TA, residual_TD), (proj, norm) = kept, weights
+    of = norm_gradients(residual_TD, norm, x_grads, residual_grad_TD, eps, slotted)
     return (
         of.hidden_TD,
         of.hidden_TD @ proj,
         of.hidden_TD.t() @ out_TA,
         of.hidden_sum_D,
         of.weight_D,
+        of.other_sum_D,
+    )
+
+
+def shared_gradients(
+    grad_TD: torch.Tensor, x_TD: torch.Tensor, inner_TW: torch.Tensor, fc1: Any, fc2: Any
+) -> Grads:
+    """Of `two_products`' x, fc1, fc1_bias and fc2."""
+    inner_grad_TW, squared_TW, fc1_bias_grad = relu_squared_gradients(grad_TD @ fc2, inner_TW)
+    return (
+        inner_grad_TW @ fc1,
         inner_grad_TW.t() @ x_TD,
         fc1_bias_grad,
-        shared_grad_TD.t() @ squared_TW,
-        of.other_sum_D if one else _sum(shared_grad_TD),
+        grad_TD.t() @ squared_TW,
     )
 
 
@@ -214,14 +224,27 @@ def after(
     hidden_TD: torch.Tensor,
     out_TA: torch.Tensor,
     weights: tuple[torch.Tensor, ...],
+    fc2_bias_D: torch.Tensor,
     eps: float,
     unsummed: Unsummed | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(residual, shared, x, x once more): `after_attention` compiled, x for two readers; tokens in one axis.
+    """(residual, x, x, x): `after_attention` compiled, x for three readers; tokens in one axis.
 
-    unsummed: an `Unsummed` (trainer/kernels/norm.py) in which one reader of x leaves its gradient.
+    fc2_bias: of the shared expert. It is not used here, but its gradient is the sum over tokens of the residual's,
+    which is made here on the way. unsummed: in which one reader of x leaves its gradient (trainer/kernels/norm.py).
     """
-    return _After.apply(hidden_TD, out_TA, eps, unsummed, *weights)
+    return _After.apply(hidden_TD, out_TA, fc2_bias_D, eps, unsummed, *weights)
+
+
+def shared_expert(
+    x_TD: torch.Tensor, residual_TD: torch.Tensor, weights: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(shared, residual): `two_products` compiled, tokens in one axis; both must go into one sum, by their readers.
+
+    weights: as of `two_products`; fc2_bias gets its gradient from `after`.
+    """
+    *own, fc2_bias = weights
+    return _Shared.apply(x_TD, residual_TD, fc2_bias.detach(), *own)
 
 
 class _Before(torch.autograd.Function):
@@ -257,30 +280,55 @@ class _After(torch.autograd.Function):
         ctx: Any,
         hidden_TD: torch.Tensor,
         out_TA: torch.Tensor,
+        _fc2_bias_D: torch.Tensor,
         eps: float,
         unsummed: Unsummed | None,
         *weights: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        residual_TD, shared_TD, x_TD, inner_TW = compiled(after_attention)(
-            hidden_TD, out_TA, weights, eps
-        )
-        ctx.save_for_backward(out_TA, x_TD, residual_TD, inner_TW, *weights)
+        residual_TD, x_TD = compiled(after_attention)(hidden_TD, out_TA, weights, eps)
+        proj, _, norm = weights
+        ctx.save_for_backward(out_TA, residual_TD, proj, norm)
         ctx.eps, ctx.unsummed = eps, unsummed
         # No zeros for readers that there are not, or that left theirs elsewhere.
         ctx.set_materialize_grads(False)
-        return residual_TD, shared_TD, x_TD, x_TD.detach()
+        return residual_TD, x_TD, x_TD.detach(), x_TD.detach()
 
     @staticmethod
     def backward(
-        ctx: Any,
-        residual_grad_TD: torch.Tensor,
-        shared_grad_TD: torch.Tensor,
-        *x_grads: torch.Tensor | None,
+        ctx: Any, residual_grad_TD: torch.Tensor, *x_grads: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        kept, weights = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
-        slotted = None if ctx.unsummed is None else ctx.unsummed.take()
-        given = tuple(grad for grad in x_grads if grad is not None)
-        hidden_grad, out_grad, *grads = after_gradients(
-            residual_grad_TD, shared_grad_TD, given, slotted, kept, weights, ctx.eps
+        kept, weights = ctx.saved_tensors[:2], ctx.saved_tensors[2:]
+        given, slotted = [grad for grad in x_grads if grad is not None], None
+        if ctx.unsummed is not None:
+            slotted, whole = ctx.unsummed.take()
+            given += whole
+        hidden_grad, out_grad, *grads, fc2_bias_grad = after_gradients(
+            residual_grad_TD, given, slotted, kept, weights, ctx.eps
         )
-        return hidden_grad, out_grad, None, None, *grads
+        return hidden_grad, out_grad, fc2_bias_grad, None, None, *grads
+
+
+class _Shared(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: torch.Tensor,
+        residual_TD: torch.Tensor,
+        fc2_bias_D: torch.Tensor,
+        fc1: torch.Tensor,
+        fc1_bias: torch.Tensor,
+        fc2: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        weights = (fc1, fc1_bias, fc2, fc2_bias_D)
+        shared_TD, inner_TW = compiled(two_products)(x_TD, weights)
+        ctx.save_for_backward(x_TD, inner_TW, fc1, fc2)
+        return shared_TD, residual_TD.detach()
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_TD: torch.Tensor, residual_grad_TD: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        one = grad_TD.data_ptr() == residual_grad_TD.data_ptr()
+        assert one, "residual and shared expert go into one sum: their gradients are one tensor"
+        x_grad, *grads = shared_gradients(grad_TD, *ctx.saved_tensors)
+        return x_grad, residual_grad_TD, None, *grads

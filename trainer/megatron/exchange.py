@@ -1,17 +1,25 @@
 """Tokens to every rank of an expert-parallel group, and what their experts make of them back: all sizes are known.
 
-Every rank gets all tokens of the group (all-gather), its experts compute theirs, and of each token the rank's sum over
-its experts goes back (all-to-all) and is added up there, in fp32 and in the order of ranks. So the host waits for
-nothing, passes can be recorded as CUDA graphs, and a rank with few tokens waits for no one's sizes. Each pass moves
-2 (R - 1) rows a token and rank, R ranks; to send a token's K rows alone would take 2 K (R - 1) / R: with K = 4 as much
-at R = 4, half as much at R = 8, but the host waits for the sizes in every layer (two H200: 4.6 times the step).
+Every rank gets all tokens of the group, its experts compute theirs, and of each token the rank's sum over its experts
+goes back and is added up there, in fp32 and in a fixed order. So the host waits for nothing, passes can be recorded as
+CUDA graphs, and a rank with few tokens waits for no one's sizes. Each pass moves 2 (R - 1) rows a token and rank, R
+ranks; to send a token's K rows alone would take 2 K (R - 1) / R: with K = 4 as much at R = 4, half as much at R = 8,
+but the host waits for the sizes in every layer (two H200: 4.6 times the step).
 
-Shapes: T tokens a rank, the same on all, R ranks, K slots a token, D hidden size.
+A `Crossing` is one pass. What it has begun goes on beside other work until it is waited for: rows go out beside the
+router and the sort, and come back beside the shared expert; gradients go out beside the shared expert's, and come back
+beside those of the experts' weights. The order backward is autograd's: of what is ready, what was made last goes first,
+so what waits must have been made before what it is to run beside.
+
+Shapes: T tokens a rank, the same on all, R ranks, X = R T, K slots a token, D hidden size.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,102 +27,245 @@ import torch.distributed as dist
 from trainer.megatron.collectives import all_gather
 
 if TYPE_CHECKING:  # triton is on CUDA alone
-    from trainer.kernels.norm import Unsummed
+    from trainer.kernels.norm import Slotted
 
 
-class Gathering:
-    """Rows of all ranks, on their way: `wait` gives them."""
+@dataclass
+class Arriving:
+    """Rows on their way. own_TD: those that are here anyhow, if they are not among the rows."""
 
-    def __init__(
-        self, x_TD: torch.Tensor, group: dist.ProcessGroup, unsummed: Unsummed | None = None
-    ) -> None:
-        """unsummed: what takes the gradients of x by ranks instead of autograd, see trainer/kernels/norm.py."""
-        self._x_TD, self._group, self._unsummed = x_TD, group, unsummed
-        self._all_XD, self._work = _begin(x_TD.detach(), group)
+    rows: torch.Tensor
+    own_TD: torch.Tensor | None
+    ready: Callable[[], Any]
+    held: Any = None
 
     def wait(self) -> torch.Tensor:
-        """[R T, D] in the order of ranks; once."""
-        self._work.wait()
-        return _Gathered.apply(self._x_TD, self._all_XD, self._group, self._unsummed)
+        """The rows; what is queued from now on finds them there."""
+        self.ready()
+        self.held = None  # nothing reads what was sent any more
+        return self.rows
 
 
-def gather_choices(
-    gates_TK: torch.Tensor, experts_TK: torch.Tensor, group: dist.ProcessGroup
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gates and experts of all ranks' tokens, [R T, K] each."""
-    gates = Gathering(gates_TK, group)
-    experts_XK, work = _begin(experts_TK, group)
-    work.wait()
-    return gates.wait(), experts_XK
+class Exchange(Protocol):
+    """Between the ranks of a group. lane: exchanges of one lane go one after another, of two beside each other."""
+
+    rank: int
+    ranks: int
+
+    def gather(self, own_TX: torch.Tensor, lane: str = "rows") -> Arriving:
+        """All ranks' rows, [R T, ...] in the order of ranks."""
+        ...
+
+    def give(self, all_XD: torch.Tensor, lane: str = "rows") -> Arriving:
+        """From each rank what it has for this one's tokens: [R T, ...], or [(R - 1) T, ...] and own."""
+        ...
+
+    def room(self, like_XD: torch.Tensor) -> torch.Tensor:
+        """Where to write what will be given by the lane of rows."""
+        ...
 
 
-def give_back(
-    sums_XD: torch.Tensor, group: dist.ProcessGroup, *bases_TD: torch.Tensor
-) -> torch.Tensor:
-    """[T, D]: the sum over ranks of what they have for this rank's tokens, and of bases. sums_XD: [R T, D]."""
-    return _GivenBack.apply(sums_XD, group, *bases_TD)
+class Collectives:
+    """By torch.distributed's collectives: an Exchange of ranks on CPU."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group, self.rank, self.ranks = group, group.rank(), group.size()
+
+    def gather(self, own_TX: torch.Tensor, lane: str = "rows") -> Arriving:
+        """See Exchange."""
+        own_TX = own_TX.contiguous()
+        rows = own_TX.new_empty(self.ranks * len(own_TX), *own_TX.shape[1:])
+        return Arriving(rows, None, all_gather(rows, own_TX, group=self._group, async_op=True).wait)
+
+    def give(self, all_XD: torch.Tensor, lane: str = "rows") -> Arriving:
+        """See Exchange."""
+        all_XD = all_XD.contiguous()
+        rows = torch.empty_like(all_XD)
+        work = dist.all_to_all_single(rows, all_XD, group=self._group, async_op=True)
+        return Arriving(rows, None, work.wait, held=all_XD)
+
+    def room(self, like_XD: torch.Tensor) -> torch.Tensor:
+        """See Exchange."""
+        return torch.empty_like(like_XD)
+
+
+def exchange_over(group: dist.ProcessGroup) -> Exchange | None:
+    """The exchange of a group, by peers' memory on CUDA and by collectives on CPU; None for a group of one."""
+    if group.size() == 1:
+        return None
+    if dist.get_backend(group) != "nccl":
+        return Collectives(group)
+    from trainer.megatron.peers import Peers
+
+    return Peers(group)
+
+
+class Crossing:
+    """One pass of a layer's tokens to the experts of all ranks and back, and of its gradients.
+
+    by_slots: gradients of x are taken from here (`leave`, `take`: trainer/kernels/norm.py, Unsummed), not by autograd.
+    """
+
+    def __init__(self, exchange: Exchange, *, by_slots: bool) -> None:
+        self.exchange, self.by_slots = exchange, by_slots
+        self._rows: Arriving | None = None
+        self._gates: Arriving | None = None
+
+    def gather(self, x_TD: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Send this rank's rows; what is returned waits for all ranks' [X, D]."""
+        arriving = self.exchange.gather(x_TD.detach())
+        if self.by_slots:
+            return arriving.wait
+        return lambda: _Gathered.apply(x_TD, arriving.wait(), self.exchange)
+
+    def gather_choices(
+        self, gates_TK: torch.Tensor, experts_TK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gates and experts of all ranks' tokens, [X, K] each. gates: fp32 or fp64, experts: integers."""
+        return _GatheredChoices.apply(gates_TK, experts_TK, self)
+
+    def give_back(
+        self, sums_XD: torch.Tensor, bases: Callable[[], list[torch.Tensor]]
+    ) -> torch.Tensor:
+        """[T, D]: the sum over ranks of what they have for this rank's tokens, and of bases: at most two [T, D].
+
+        sums_XD: where `exchange.room` is, best. bases: called while rows are on their way.
+        """
+        sums_XD = _Awaited.apply(sums_XD, self)
+        arriving = self.exchange.give(sums_XD.detach())
+        return _GivenBack.apply(sums_XD, arriving, self, *bases())
+
+    def await_gradients(self) -> None:
+        """Of the sums given back."""
+        self._take_rows().wait()
+
+    def send_gradients(self, grad_TD: torch.Tensor) -> torch.Tensor:
+        """Of this rank's tokens to all ranks: [X, D], to be waited for (`await_gradients`)."""
+        self._rows = self.exchange.gather(grad_TD.contiguous())
+        return self._rows.rows
+
+    def leave(
+        self,
+        rows_ND: torch.Tensor,
+        place_XK: torch.Tensor,
+        gates_grad_XK: torch.Tensor,
+        held_1: torch.Tensor | None,
+    ) -> None:
+        """See Unsummed: both gradients are on their way from here."""
+        from trainer.kernels.dispatch import sum_slots
+
+        self._gates = self.exchange.give(gates_grad_XK, "choices")
+        room = self.exchange.room(rows_ND[: len(place_XK)])
+        sums_XD = sum_slots(rows_ND, place_XK, held_1=held_1, out_TD=room)
+        self._rows = self.exchange.give(sums_XD)
+
+    def take(self) -> tuple[Slotted, list[torch.Tensor]]:
+        """See Unsummed."""
+        arrived = self._take_rows()
+        rows_YD = arrived.wait()
+        own = [] if arrived.own_TD is None else [arrived.own_TD]
+        return (rows_YD, _places(len(rows_YD), self.exchange, arrived)), own
+
+    def gates_gradient(self, grad_XK: torch.Tensor) -> torch.Tensor:
+        """[T, K]: each gate's from the rank that holds its expert; the others have zeros."""
+        arriving, self._gates = self._gates or self.exchange.give(grad_XK, "choices"), None
+        arriving.wait()
+        return _sum(arriving, self.exchange)
+
+    def _take_rows(self) -> Arriving:
+        taken, self._rows = self._rows, None
+        assert taken is not None, "nothing is on its way in this pass"
+        return taken
 
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        _x_TD: torch.Tensor,
-        all_XD: torch.Tensor,
-        group: dist.ProcessGroup,
-        unsummed: Unsummed | None,
+        ctx: Any, _x_TD: torch.Tensor, all_XD: torch.Tensor, exchange: Exchange
     ) -> torch.Tensor:
-        ctx.group, ctx.unsummed = group, unsummed
+        ctx.exchange = exchange
         return all_XD
 
     @staticmethod
     def backward(ctx: Any, grad_XD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        parts_XD = _exchanged(grad_XD, ctx.group)
-        if ctx.unsummed is None:
-            return _sum(parts_XD, ctx.group), None, None, None
-        ctx.unsummed.slotted = (parts_XD, _places(parts_XD, ctx.group))
-        return None, None, None, None
+        arriving = ctx.exchange.give(grad_XD)
+        arriving.wait()
+        return _sum(arriving, ctx.exchange), None, None
+
+
+class _GatheredChoices(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, gates_TK: torch.Tensor, experts_TK: torch.Tensor, crossing: Crossing
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.crossing = crossing
+        # One exchange for both: gates as they are, in whole words.
+        words = [gates_TK.contiguous().view(torch.int32), experts_TK.to(torch.int32)]
+        sent = crossing.exchange.gather(torch.cat(words, dim=1), "choices")
+        gates, experts = sent.wait().split([of.shape[1] for of in words], dim=1)
+        gates_XK = gates.contiguous().view(gates_TK.dtype)
+        experts_XK = experts.to(experts_TK.dtype, memory_format=torch.contiguous_format)
+        ctx.mark_non_differentiable(experts_XK)
+        return gates_XK, experts_XK
+
+    @staticmethod
+    def backward(ctx: Any, gates_grad_XK: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+        return ctx.crossing.gates_gradient(gates_grad_XK), None, None
+
+
+class _Awaited(torch.autograd.Function):
+    """Backward, waits for the gradients of what goes back."""
+
+    @staticmethod
+    def forward(ctx: Any, sums_XD: torch.Tensor, crossing: Crossing) -> torch.Tensor:
+        ctx.crossing = crossing
+        return sums_XD.view_as(sums_XD)
+
+    @staticmethod
+    def backward(ctx: Any, grad_XD: torch.Tensor) -> tuple[torch.Tensor, None]:
+        ctx.crossing.await_gradients()
+        return grad_XD, None
 
 
 class _GivenBack(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, sums_XD: torch.Tensor, group: dist.ProcessGroup, *bases_TD: torch.Tensor
+        ctx: Any,
+        _sums_XD: torch.Tensor,
+        arriving: Arriving,
+        crossing: Crossing,
+        *bases_TD: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.group, ctx.num_bases = group, len(bases_TD)
-        return _sum(_exchanged(sums_XD, group), group, *bases_TD)
+        ctx.crossing, ctx.num_bases = crossing, len(bases_TD)
+        arriving.wait()
+        return _sum(arriving, crossing.exchange, *bases_TD)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        all_XD, work = _begin(grad_TD, ctx.group)
-        work.wait()
-        return all_XD, None, *[grad_TD] * ctx.num_bases
+        return ctx.crossing.send_gradients(grad_TD), None, None, *[grad_TD] * ctx.num_bases
 
 
-def _begin(x_TD: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, Any]:
-    all_XD = x_TD.new_empty(group.size() * len(x_TD), *x_TD.shape[1:])
-    return all_XD, all_gather(all_XD, x_TD.contiguous(), group=group, async_op=True)
-
-
-def _exchanged(all_XD: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """[R T, D]: from each rank what it has for this one's tokens."""
-    parts_XD = torch.empty_like(all_XD, memory_format=torch.contiguous_format)
-    dist.all_to_all_single(parts_XD, all_XD.contiguous(), group=group)
-    return parts_XD
-
-
-def _sum(parts_XD: torch.Tensor, group: dist.ProcessGroup, *bases_TD: torch.Tensor) -> torch.Tensor:
-    """Over ranks and bases, at most two, in fp32 or wider, rounded once."""
-    if parts_XD.is_cuda and parts_XD.dtype == torch.bfloat16:
+def _sum(arrived: Arriving, exchange: Exchange, *bases_TD: torch.Tensor) -> torch.Tensor:
+    """[T, D]: over ranks and bases, in fp32 or wider, rounded once."""
+    rows_YD, own = arrived.rows, [] if arrived.own_TD is None else [arrived.own_TD]
+    bases = [*own, *bases_TD]
+    if rows_YD.is_cuda and rows_YD.dtype == torch.bfloat16:
         from trainer.kernels.dispatch import sum_slots
 
-        return sum_slots(parts_XD, _places(parts_XD, group), bases_TD)
-    wide = torch.promote_types(parts_XD.dtype, torch.float32)
-    total = parts_XD.unflatten(0, (group.size(), -1)).sum(dim=0, dtype=wide)
-    return sum(bases_TD, start=total).to(parts_XD.dtype)
+        return sum_slots(rows_YD, _places(len(rows_YD), exchange, arrived), bases)
+    wide = torch.promote_types(rows_YD.dtype, torch.float32)
+    ranks = exchange.ranks - len(own)
+    total = rows_YD.unflatten(0, (ranks, -1)).sum(dim=0, dtype=wide)
+    return sum(bases, start=total).to(rows_YD.dtype)
 
 
-def _places(parts_XD: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """[T, R] int32: the rows of each token."""
-    rows_X = torch.arange(len(parts_XD), dtype=torch.int32, device=parts_XD.device)
-    return rows_X.view(group.size(), -1).t().contiguous()
+def _places(num_rows: int, exchange: Exchange, arrived: Arriving) -> torch.Tensor:
+    """[T, R or R - 1] int32: the rows of each token."""
+    return _table(num_rows, exchange.ranks - (arrived.own_TD is not None), arrived.rows.device)
+
+
+@functools.cache
+def _table(num_rows: int, ranks: int, device: torch.device) -> torch.Tensor:
+    """Made once for each size: a pass that is recorded has run before."""
+    rows_Y = torch.arange(num_rows, dtype=torch.int32, device=device)
+    return rows_Y.view(ranks, -1).t().contiguous()

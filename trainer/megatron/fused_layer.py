@@ -1,11 +1,11 @@
 """A decoder layer as few kernels: compiled functions around the products, Triton between projection and output.
 
-`attention_half` is the layer but its routed experts, pure and of tensors alone: norm, projection (TPA's factors or
-fused), queries, keys and values with QK-norm, rotation and value residual, attention with sinks, output projection,
-residual, second norm, and the expert that every token visits (or the dense MLP). `fused_half` computes the same on
-CUDA: what surrounds attention by torch.compile (around_attention.py; weights being arguments, one compilation serves
-all layers of a kind), the rest by trainer/kernels/qkv.py and attention.py; the routed experts follow by
-trainer/kernels/experts.py.
+`attention_half` is the layer up to its experts, pure and of tensors alone: norm, projection (TPA's factors or fused),
+queries, keys and values with QK-norm, rotation and value residual, attention with sinks, output projection, residual,
+second norm. `shared_half` is the expert that every token visits (or the dense MLP). `fused_half` and `fused_shared`
+compute the same on CUDA: what surrounds attention by torch.compile (around_attention.py; weights being arguments, one
+compilation serves all layers of a kind), the rest by trainer/kernels/qkv.py and attention.py; the routed experts follow
+by trainer/kernels/experts.py.
 
 The modules of the layer stay Megatron's (transformer_impl: local) and hold the weights, so checkpoints, optimizers and
 exports know no difference. Sampling runs the modules themselves: their rows attend over a cache (cached.py).
@@ -27,6 +27,8 @@ from trainer.megatron.around_attention import (
     before,
     before_attention,
     rms_norm,
+    shared_expert,
+    two_products,
 )
 from trainer.megatron.attention import PackedRows, alibi, dense_attention
 from trainer.megatron.moe import StudentMoE
@@ -66,14 +68,14 @@ class LayerShape(NamedTuple):
 
 
 class Halfway(NamedTuple):
-    """The layer's output is residual_SBD + shared_SBD + what the routed experts make of x_SBD. router_x_SBD: x for
-    their router. value_SBGC: v_1, of layer 1.
+    """The layer's output is residual_SBD + what its experts make of x_SBD: once for the routed experts, once for their
+    router and once for the shared expert. value_SBGC: v_1, of layer 1.
     """
 
     residual_SBD: torch.Tensor
-    shared_SBD: torch.Tensor
     x_SBD: torch.Tensor
     router_x_SBD: torch.Tensor
+    shared_x_SBD: torch.Tensor
     value_SBGC: torch.Tensor | None
 
 
@@ -106,10 +108,13 @@ def attention_half(
         scale=shape.scale,
     )
     out_SBX = out_BHSC.permute(2, 0, 1, 3).flatten(2)
-    residual_SBD, shared_SBD, x_SBD, _ = after_attention(
-        hidden_SBD, out_SBX, after_weights(weights), shape.eps
-    )
-    return Halfway(residual_SBD, shared_SBD, x_SBD, x_SBD, first)
+    residual_SBD, x_SBD = after_attention(hidden_SBD, out_SBX, after_weights(weights), shape.eps)
+    return Halfway(residual_SBD, x_SBD, x_SBD, x_SBD, first)
+
+
+def shared_half(half: Halfway, weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
+    """(what the shared expert, or the dense MLP, makes of x; the residual), [S, B, D]; the layer adds both."""
+    return two_products(half.shared_x_SBD, shared_weights(weights))[0], half.residual_SBD
 
 
 def fused_half(
@@ -156,8 +161,16 @@ def fused_half(
         scale=shape.scale,
     )
     out_TA = out_SBHC.view(S * B, -1)
-    outs = after(hidden_TD, out_TA, after_weights(weights), shape.eps, unsummed)
-    return Halfway(*(of.view(S, B, D) for of in outs), value if shape.gives else None)
+    of = (after_weights(weights), weights["fc2_bias"], shape.eps, unsummed)
+    outs = after(hidden_TD, out_TA, *of)
+    return Halfway(*(out.view(S, B, D) for out in outs), value if shape.gives else None)
+
+
+def fused_shared(half: Halfway, weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
+    """`shared_half` on CUDA in bf16, compiled."""
+    inputs = (half.shared_x_SBD.flatten(0, 1), half.residual_SBD.flatten(0, 1))
+    outs = shared_expert(*inputs, shared_weights(weights))
+    return tuple(out.view_as(half.residual_SBD) for out in outs)
 
 
 def queries_keys_values(
@@ -200,8 +213,12 @@ def projection(
 
 def after_weights(weights: Weights) -> tuple[torch.Tensor, ...]:
     """Those of `after_attention`, in its order."""
-    names = ("proj", "proj_bias", "norm2", "fc1", "fc1_bias", "fc2", "fc2_bias")
-    return tuple(weights[name] for name in names)
+    return tuple(weights[name] for name in ("proj", "proj_bias", "norm2"))
+
+
+def shared_weights(weights: Weights) -> tuple[torch.Tensor, ...]:
+    """Those of `two_products`, in its order."""
+    return tuple(weights[name] for name in ("fc1", "fc1_bias", "fc2", "fc2_bias"))
 
 
 def _split(
@@ -271,35 +288,25 @@ class CompiledLayer(ValueResidualLayer):
         rows, context = keywords["packed_seq_params"], keywords.get("context")
         if not is_plain(rows):
             return super().forward(hidden_states, *arguments, **keywords)
-        weights, unsummed = layer_weights(self), None
+        weights, moe = layer_weights(self), self.mlp if isinstance(self.mlp, StudentMoE) else None
         inputs = (hidden_states, context, keywords["rotary_pos_emb"], weights, rows)
+        unsummed = None
         if self.self_attention.core_attention.backend == "dense":
             half = attention_half(*inputs, shape=self._kind)
+            shared = functools.partial(shared_half, half, weights)
         else:
-            unsummed = self._unsummed()
+            unsummed = None if moe is None else moe.unsummed()
             half = fused_half(*inputs, shape=self._kind, unsummed=unsummed)
-        out_SBD = (
-            self.mlp.routed(
-                half.x_SBD,
-                keywords.get("padding_mask"),
-                half.shared_SBD,
-                residual_SBD=half.residual_SBD,
-                router_x_SBD=half.router_x_SBD,
-                unsummed=unsummed,
+            shared = functools.partial(fused_shared, half, weights)
+        if moe is None:
+            shared_SBD, residual_SBD = shared()
+            out_SBD = residual_SBD + shared_SBD
+        else:
+            padding, router_x = keywords.get("padding_mask"), half.router_x_SBD
+            out_SBD = moe.routed(
+                half.x_SBD, padding, shared, router_x_SBD=router_x, unsummed=unsummed
             )
-            if isinstance(self.mlp, StudentMoE)
-            else half.residual_SBD + half.shared_SBD
-        )
         return out_SBD, context if half.value_SBGC is None else half.value_SBGC
-
-    def _unsummed(self) -> Unsummed | None:
-        """For one pass; None where there are no experts, or they leave nothing there."""
-        moe = self.mlp
-        if not isinstance(moe, StudentMoE) or moe.experts.compute != "triton":
-            return None
-        from trainer.kernels.norm import Unsummed
-
-        return Unsummed()
 
     @functools.cached_property
     def _kind(self) -> LayerShape:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
+from megatron.core.parallel_state import get_expert_model_parallel_group
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -27,6 +28,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from trainer.config import ModelRuntime, ParallelConfig
 from trainer.megatron.attention import CoreAttention
 from trainer.megatron.embedding import SummedEmbedding
+from trainer.megatron.exchange import Exchange, exchange_over
 from trainer.megatron.expert_shards import ExpertShards
 from trainer.megatron.experts import RMSNorm, relu_squared
 from trainer.megatron.fused_layer import CompiledLayer, is_plain, rotation_table
@@ -181,11 +183,16 @@ def _router_settings(student: StudentConfig) -> dict[str, Any]:
 
 def block_spec(student: StudentConfig, runtime: ModelRuntime) -> TransformerBlockSubmodules:
     """One fresh spec for each layer, and the final norm."""
-    layers = [_layer_spec(student, runtime, number) for number in range(1, student.layers + 1)]
+    exchange = exchange_over(get_expert_model_parallel_group())
+    layers = [
+        _layer_spec(student, runtime, number, exchange) for number in range(1, student.layers + 1)
+    ]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_parts(runtime)["norm"])
 
 
-def _layer_spec(student: StudentConfig, runtime: ModelRuntime, number: int) -> ModuleSpec:
+def _layer_spec(
+    student: StudentConfig, runtime: ModelRuntime, number: int, exchange: Exchange | None
+) -> ModuleSpec:
     """Layer `number`, counted from 1. Global layers, and all without student.tpa, have the fused projection."""
     part = _parts(runtime)
     dense = number <= student.dense_layers
@@ -197,7 +204,7 @@ def _layer_spec(student: StudentConfig, runtime: ModelRuntime, number: int) -> M
             self_attention=_attention_spec(student, runtime, factored),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=part["norm_before_linear"] if dense else part["norm"],
-            mlp=_dense_spec(part) if dense else _experts_spec(part, runtime),
+            mlp=_dense_spec(part) if dense else _experts_spec(part, runtime, exchange),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=_norm_keys(factored, dense)
             if runtime.transformer_impl != "transformer_engine"
@@ -236,12 +243,14 @@ def _dense_spec(part: dict[str, Any]) -> ModuleSpec:
     )
 
 
-def _experts_spec(part: dict[str, Any], runtime: ModelRuntime) -> SimpleNamespace:
+def _experts_spec(
+    part: dict[str, Any], runtime: ModelRuntime, exchange: Exchange | None
+) -> SimpleNamespace:
     """Not a ModuleSpec: TransformerLayer warns in every layer of one whose class it does not know."""
     return SimpleNamespace(
         module=StudentMoE,
         submodules=MLPSubmodules(linear_fc1=part["column"], linear_fc2=part["row"]),
-        params={"compute": runtime.expert_compute},
+        params={"compute": runtime.expert_compute, "exchange": exchange},
     )
 
 

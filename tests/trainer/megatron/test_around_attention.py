@@ -7,7 +7,14 @@ import torch
 
 from tests.trainer.norm_kernel_errors import WEIGHTS
 from trainer.megatron import around_attention
-from trainer.megatron.around_attention import after, after_attention, before, before_attention
+from trainer.megatron.around_attention import (
+    after,
+    after_attention,
+    before,
+    before_attention,
+    shared_expert,
+    two_products,
+)
 
 T, D, A, W, EPS = 7, 12, 10, 5, 1e-5
 
@@ -47,36 +54,54 @@ def test_before_attention_with_two_readers_of_hidden(widths, biased) -> None:
     _compare(got, want, [hidden, norm, *maps, *([bias] if biased else [])], grads)
 
 
-def test_after_attention_with_two_readers_of_x() -> None:
+def _written_out(leaves: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """(residual + shared, x, x): of `after` and `shared_expert`."""
+    hidden, out, *weights = leaves
+    residual, x, router_x, shared_x = after(hidden, out, tuple(weights[:3]), weights[-1], EPS)
+    shared, residual = shared_expert(shared_x, residual, tuple(weights[3:]))
+    return residual + shared, x, router_x
+
+
+def _plain(leaves: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    hidden, out, *weights = leaves
+    residual, x = after_attention(hidden, out, tuple(weights[:3]), EPS)
+    return residual + two_products(x, tuple(weights[3:]))[0], x, x
+
+
+def test_after_attention_with_three_readers_of_x() -> None:
     make = torch.Generator().manual_seed(3)
-    hidden, out, weights = _draw(make, T, D), _draw(make, T, A), _weights(make)
-    got = after(hidden, out, weights, EPS)
-    residual, shared, x, _ = after_attention(hidden, out, weights, EPS)
-    grads = tuple(_draw(make, T, D).detach() for _ in range(4))
-    _compare(got, (residual, shared, x, x), [hidden, out, *weights], grads)
+    leaves = [_draw(make, T, D), _draw(make, T, A), *_weights(make)]
+    grads = tuple(_draw(make, T, D).detach() for _ in range(3))
+    _compare(_written_out(leaves), _plain(leaves), leaves, grads)
 
 
-def test_a_layer_without_experts_reads_no_x() -> None:
+def test_a_layer_without_experts_reads_x_once() -> None:
     make = torch.Generator().manual_seed(4)
-    hidden, out, weights = _draw(make, T, D), _draw(make, T, A), _weights(make)
+    leaves = [_draw(make, T, D), _draw(make, T, A), *_weights(make)]
     grad = _draw(make, T, D).detach()
-    got, want = (of(hidden, out, weights, EPS) for of in (after, after_attention))
-    leaves = [hidden, out, *weights]
-    of_got, of_want = (torch.autograd.grad(o[0] + o[1], leaves, grad) for o in (got, want))
-    for one, other in zip(of_got, of_want, strict=True):
-        torch.testing.assert_close(one, other)
+    _compare(_written_out(leaves)[:1], _plain(leaves)[:1], leaves, (grad,))
+
+
+def test_residual_and_shared_expert_go_into_one_sum() -> None:
+    """The gradient of the last bias is made from the residual's."""
+    make = torch.Generator().manual_seed(6)
+    leaves = [_draw(make, T, D), _draw(make, T, A), *_weights(make)]
+    residual, *_, x = after(*leaves[:2], tuple(leaves[2:5]), leaves[-1], EPS)
+    shared, residual = shared_expert(x, residual, tuple(leaves[5:]))
+    with pytest.raises(AssertionError, match="one sum"):
+        (2 * shared + residual).sum().backward()
 
 
 def test_gradients_in_bf16_are_rounded_once_where_they_leave() -> None:
     """Sums over tokens and of readers are made in fp32: as near to fp64 as bf16 products allow."""
     make = torch.Generator().manual_seed(5)
     wide = [_draw(make, 300, D), _draw(make, 300, A), *_weights(make)]
-    grads = [torch.randn(300, D, generator=make).bfloat16() for _ in range(4)]
+    grads = [torch.randn(300, D, generator=make).bfloat16() for _ in range(3)]
     narrow = [t.detach().bfloat16().requires_grad_() for t in wide]
     exact = [t.detach().double().requires_grad_() for t in narrow]
     of = {}
     for name, leaves in (("narrow", narrow), ("exact", exact)):
-        outs = after(leaves[0], leaves[1], tuple(leaves[2:]), EPS)
+        outs = _written_out(leaves)
         cast = tuple(g.to(o.dtype) for g, o in zip(grads, outs, strict=True))
         of[name] = torch.autograd.grad(outs, leaves, cast)
     for name, one, other in zip(

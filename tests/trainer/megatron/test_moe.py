@@ -54,7 +54,7 @@ def _layer(case: str, expert_parallel: int = 1):
     linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     layer = StudentMoE(config, linear, compute="loop").double().train()
     generator = torch.Generator().manual_seed(7)
-    rank, local = layer.ep_group.rank(), E // expert_parallel
+    rank, local = layer.experts.groups.ep.rank(), E // expert_parallel
     with torch.no_grad():
         for name, parameter in sorted(layer.named_parameters()):
             whole = (E, *parameter.shape[1:]) if ".fc" in name else parameter.shape

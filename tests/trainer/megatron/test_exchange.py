@@ -1,0 +1,116 @@
+"""The order of a layer's pass between ranks, with a second rank that is made up: what crosses goes on beside other work."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.distributed.gloo import run_gloo
+from tests.trainer.megatron.tiny import STUDENT
+
+T, B, D = 6, 2, 32
+
+
+class _Alone:
+    """An exchange of the first of two ranks; the other brings zeros and has nothing for this one's tokens."""
+
+    rank, ranks = 0, 2
+
+    def __init__(self, own: bool) -> None:
+        self._own, self.log = own, []
+
+    def gather(self, own_TX, lane="rows"):
+        rows = torch.cat([own_TX, torch.zeros_like(own_TX)])
+        return self._arriving(f"gather {lane}", rows, None)
+
+    def give(self, all_XD, lane="rows"):
+        own, other = all_XD.chunk(2)
+        nothing = torch.zeros_like(other)
+        rows = nothing if self._own else torch.cat([own, nothing])
+        return self._arriving(f"give {lane}", rows, own if self._own else None)
+
+    def room(self, like_XD):
+        return torch.empty_like(like_XD)
+
+    def _arriving(self, what, rows, own):
+        from trainer.megatron.exchange import Arriving
+
+        self.log.append(what)
+        return Arriving(rows, own, lambda: self.log.append(f"wait for {what}"))
+
+
+def _layer(exchange=None):
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.mlp import MLPSubmodules
+
+    from tests.trainer.megatron.tiny import tiny_config
+    from trainer.config import ParallelConfig
+    from trainer.megatron.moe import StudentMoE
+    from trainer.megatron.student import transformer_config
+
+    torch.manual_seed(0)
+    runtime = tiny_config(student=STUDENT)
+    linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    config = transformer_config(runtime.student, runtime, ParallelConfig())
+    return StudentMoE(config, linear, compute="loop", exchange=exchange).double().train()
+
+
+def _run(layer, log: list[str]) -> list[torch.Tensor]:
+    x = torch.randn(T, B, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x.requires_grad_()
+    layer.shared_experts.register_forward_hook(lambda *_: log.append("shared"))
+    last = layer.shared_experts.linear_fc1.weight
+    last.register_hook(lambda _: log.append("gradients of shared"))
+    layer.experts.fc1_weight.register_hook(lambda _: log.append("gradients of experts"))
+    out, _ = layer(x)
+    log.append("backward")
+    grads = torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])
+    return [out.detach(), *grads]
+
+
+def _passes(_rank: int) -> dict:
+    from trainer.config import ParallelConfig
+    from trainer.megatron.topology import distributed
+
+    with distributed("cpu", ParallelConfig(), seed=1):
+        alone = _run(_layer(), [])
+        found = {}
+        for own in (False, True):
+            exchange = _Alone(own)
+            got = _run(_layer(exchange), exchange.log)
+            errors = [float((a - b).abs().max()) for a, b in zip(got, alone, strict=True)]
+            found[own] = (exchange.log, max(errors))
+        return found
+
+
+@pytest.fixture(scope="module")
+def passes() -> dict:
+    return run_gloo(_passes, 1)[0]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_with_a_rank_that_brings_nothing_the_layer_is_that_of_one(passes, own) -> None:
+    assert passes[own][1] < 1e-12
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_shared_expert_runs_while_rows_are_on_their_way(passes, own) -> None:
+    """The order backward is autograd's, by when its nodes were made."""
+    assert passes[own][0] == [
+        "gather rows",
+        "gather choices",
+        "wait for gather choices",
+        "wait for gather rows",
+        "give rows",
+        "shared",
+        "wait for give rows",
+        "backward",
+        "gather rows",
+        "gradients of shared",
+        "wait for gather rows",
+        "gradients of experts",
+        "give rows",
+        "wait for give rows",
+        "give choices",
+        "wait for give choices",
+    ]
