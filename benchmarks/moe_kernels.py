@@ -115,7 +115,7 @@ def costs(tokens: int) -> dict[str, tuple[float, float]]:
 
 def launches(tokens: int) -> dict[str, Callable[..., Any]]:
     """Each kernel as a function of its setting (a tuple; empty: none)."""
-    from trainer.kernels import dispatch, experts, experts_backward, routing
+    from trainer.kernels import dispatch, experts, experts_backward, experts_outer, routing
 
     # One fixed draw, so that settings are measured on the same load; mildly uneven, as a balanced router leaves it.
     torch.manual_seed(0)
@@ -144,11 +144,18 @@ def launches(tokens: int) -> dict[str, Callable[..., Any]]:
         "sum of gradients": lambda *c: dispatch.sum_slots(
             y, slots.place_TK, [], dispatch.SumConfig(*c)
         ),
-        "outer 1": lambda *c: back.outer(
-            z, x, side, slots, *sums[:2], gated=False, add=True, config=back.OuterConfig(*c)
+        "outer 1": lambda *c: experts_outer.outer(
+            z,
+            x,
+            side,
+            slots,
+            *sums[:2],
+            gated=False,
+            add=True,
+            config=experts_outer.OuterConfig(*c),
         ),
-        "outer 2": lambda *c: back.outer(
-            z, g, side, slots, *sums[2:], gated=True, add=True, config=back.OuterConfig(*c)
+        "outer 2": lambda *c: experts_outer.outer(
+            z, g, side, slots, *sums[2:], gated=True, add=True, config=experts_outer.OuterConfig(*c)
         ),
     }
 

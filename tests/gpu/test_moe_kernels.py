@@ -12,6 +12,7 @@ from tests.trainer.moe_kernel_errors import (
     expert_errors,
     expert_inputs,
     expert_results,
+    outer_errors,
     routing_errors,
     sum_errors,
 )
@@ -141,3 +142,11 @@ def test_a_cuda_graph_holds_it(leaves) -> None:
     graph.replay()
     for number, (one, other) in enumerate(zip(got, want, strict=True)):
         assert torch.equal(one, other), number
+
+
+@pytest.mark.parametrize("piece", [512, 4096])
+def test_busy_experts_are_summed_in_pieces(piece) -> None:
+    experts_TK = torch.cat([torch.full((9000, 2), 3), _experts(3000, 2)])
+    experts_TK[::7, 1] = 5
+    for name, error in outer_errors("cuda", experts_TK, SIZES, piece).items():
+        assert error < 1, name

@@ -257,3 +257,38 @@ def sum_errors(
         "x": gap(grads[0], want["x"]) / 1e-7,
         "gates": gap(grads[1], want["gates"]) / 1e-7,
     }
+
+
+def outer_errors(
+    device: str, experts_TK: torch.Tensor, sizes: tuple[int, int, int], piece: int
+) -> dict[str, float]:
+    """Of weight gradients added to fp32 sums and of written ones, from rows in pieces, over bounds of fp32 and bf16."""
+    from trainer.kernels.dispatch import sort_slots
+    from trainer.kernels.experts_outer import outer
+
+    (E, D, F), (T, K) = sizes, experts_TK.shape
+    make = torch.Generator(device).manual_seed(T)
+    draw = lambda *shape: torch.randn(*shape, device=device, generator=make)  # noqa: E731
+    slots = sort_slots(experts_TK.to(device, torch.int32), E)
+    narrow, wide, side = draw(T * K, F).bfloat16(), draw(T, D).bfloat16(), draw(T * K, 16)
+    side[:, 2:] = 1.0
+    side = side.bfloat16()
+    of = torch.arange(E, device=device).repeat_interleave(slots.rows_E)
+    hot_NE = torch.nn.functional.one_hot(of, E).double()
+    rows = wide.double()[slots.order_N.long() // K]
+    by_gate = rows * side[:, :2].double().sum(dim=1, keepdim=True)
+    wants = {
+        False: (torch.einsum("ne,nf,nd->efd", hot_NE, narrow.double(), rows), narrow.double()),
+        True: (torch.einsum("ne,nd,nf->edf", hot_NE, rows, narrow.double()), by_gate),
+    }
+    errors = {}
+    for gated, (weight, of_bias) in wants.items():
+        bias = hot_NE.t() @ of_bias
+        for add, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+            sums = [draw(*want.shape).to(dtype) for want in (weight, bias)]
+            before = [(total if add else torch.zeros_like(total)).double() for total in sums]
+            outer(narrow, wide, side, slots, *sums, gated=gated, add=add, piece=piece)
+            bound = 1e-6 if add else BF16
+            for name, total, old, want in zip("wb", sums, before, (weight, bias), strict=True):
+                errors[f"{name}, gated {gated}, add {add}"] = gap(total, old + want) / bound
+    return errors

@@ -110,7 +110,7 @@ def test_what_triton_makes_of_a_tile_with_two_uses_is_found(compiled) -> None:
 
 
 def test_kernels_of_experts(compiled) -> None:
-    from trainer.kernels import experts, experts_backward
+    from trainer.kernels import experts, experts_backward, experts_outer
     from trainer.kernels.dispatch import Slots
 
     numbers = torch.zeros(T * K, dtype=torch.int32)
@@ -125,7 +125,7 @@ def test_kernels_of_experts(compiled) -> None:
     experts_backward.rows(states[0], slots, w1)
     for sums in (weights, [w.float() for w in weights]):
         add = sums[0].dtype == torch.float32
-        experts_backward.weight_gradients(x_TD, x_TD, tuple(states), slots, sums, add=add)
+        experts_outer.weight_gradients(x_TD, x_TD, tuple(states), slots, sums, add=add)
     _all_safe(
         compiled, "_up_kernel", "_down_kernel", "_inner_kernel", "_rows_kernel", "_outer_kernel"
     )

@@ -18,6 +18,7 @@ from tests.trainer.moe_kernel_errors import (
     expert_errors,
     expert_inputs,
     expert_results,
+    outer_errors,
     routing_errors,
     sum_errors,
 )
@@ -177,3 +178,12 @@ def test_experts_refuse_other_dtypes() -> None:
     leaves = expert_inputs("cpu", _experts(3, 2), SIZES)
     with pytest.raises(ConfigError):
         expert_results([leaves[0].float(), *leaves[1:]], _experts(3, 2), SIZES[0])
+
+
+@pytest.mark.parametrize("piece", [32, 100, 4096])
+@pytest.mark.parametrize(
+    "experts_TK", [torch.full((70, 2), 3), _experts(150, 2).clamp(max=2), _experts(60, 1)]
+)
+def test_busy_experts_are_summed_in_pieces(experts_TK, piece) -> None:
+    for name, error in outer_errors("cpu", experts_TK, SIZES, piece).items():
+        assert error < 1, name

@@ -23,6 +23,7 @@ import triton.language as tl
 
 from common.errors import ConfigError
 from trainer.kernels import experts_backward as backward_kernels
+from trainer.kernels import experts_outer
 from trainer.kernels.dispatch import (
     Slots,
     TileMaps,
@@ -32,6 +33,9 @@ from trainer.kernels.dispatch import (
     tile_rows,
 )
 from trainer.kernels.norm import Unsummed
+
+# [T, D] from rows_ND, place_TK and held_1 of Slots.
+Send = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 class UpConfig(NamedTuple):
@@ -68,7 +72,7 @@ def fused_experts(
     bias2_ED: torch.Tensor,
     sums: Sequence[torch.Tensor] | None = None,
     unsummed: Unsummed | None = None,
-    room: Callable[[torch.Tensor], torch.Tensor] = torch.empty_like,
+    send: Send | None = None,
 ) -> torch.Tensor:
     """[T, D] bf16: see the top of this file; with gradients of x, gates, bases and the four weights.
 
@@ -76,11 +80,12 @@ def fused_experts(
     then zeros. D a multiple of 16, F a power of two in 16 .. 256. sums: contiguous fp32 tensors of the weights' shapes
     to which the backward pass adds their gradients, unrounded; the weights themselves then get none. unsummed: what
     takes the gradients of x by slots, T above 0; x itself then gets none. Of slots of experts elsewhere nothing is
-    added, and their gates get zeros. room: where the result is written, from x. ConfigError: another shape or dtype.
+    added, and their gates get zeros. send: makes the sum over slots in place of `sum_slots`, without bases, T above 0.
+    ConfigError: another shape or dtype.
     """
     _check(x_TD, gates_TK, fc1_EFD, bias1_EF, fc2_EDF, bias2_ED)
     weights = (fc1_EFD, bias1_EF, fc2_EDF, bias2_ED)
-    others = (*weights, sums, unsummed, room, *slots)
+    others = (*weights, sums, unsummed, send, *slots)
     return _FusedExperts.apply(x_TD, gates_TK, len(bases_TD), *bases_TD, *others)
 
 
@@ -115,7 +120,7 @@ class _FusedExperts(torch.autograd.Function):
         *rest: Any,
     ) -> torch.Tensor:
         bases_TD, weights = rest[:num_bases], [w.contiguous() for w in rest[num_bases:][:4]]
-        sums, ctx.unsummed, room, *slots = rest[num_bases + 4 :]
+        sums, ctx.unsummed, send, *slots = rest[num_bases + 4 :]
         x_TD, gates_TK, of = x_TD.contiguous(), gates_TK.contiguous(), Slots(*slots)
         ctx.num_bases, ctx.tiles, ctx.sums = num_bases, {}, sums
         if x_TD.shape[0] == 0:
@@ -123,7 +128,11 @@ class _FusedExperts(torch.autograd.Function):
         else:
             z_NF = up(x_TD, of, *weights[:2], known=ctx.tiles)
             y_ND = down(z_NF, gates_TK, of, *weights[2:], known=ctx.tiles)
-            out_TD = sum_slots(y_ND, of.place_TK, bases_TD, held_1=of.held_1, out_TD=room(x_TD))
+            out_TD = (
+                sum_slots(y_ND, of.place_TK, bases_TD, held_1=of.held_1)
+                if send is None
+                else send(y_ND, of.place_TK, of.held_1)
+            )
         ctx.save_for_backward(x_TD, gates_TK, z_NF, *weights, *slots)
         return out_TD
 
@@ -146,7 +155,7 @@ class _FusedExperts(torch.autograd.Function):
             else:  # which may send them, while the weights' gradients are made
                 x_grad = None
                 ctx.unsummed.leave(rows_ND, slots.place_TK, gates_grad, slots.held_1)
-            backward_kernels.weight_gradients(
+            experts_outer.weight_gradients(
                 grad_TD, x_TD, tuple(states), slots, sums, add=ctx.sums is not None
             )
         base_grads = [grad_TD] * ctx.num_bases

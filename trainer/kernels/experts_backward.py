@@ -1,12 +1,10 @@
 """Gradients of the routed experts (experts.py) as Triton kernels. g is the gradient of the output.
 
 `inner` reads the rows of g by index: inner = g W2, d_gate = inner . relu(z)^2 + g . b2, dz = inner * gate * 2 relu(z),
-and writes h = gate * relu(z)^2 once more, so that both weight gradients are plain products of rows:
-`outer` gives dW1 = dz' x and dW2 = g' h, one program for each expert and block of D, and adds them to what is there:
-the fp32 sums of a step's micro-batches, which a pass of their own would read and write again. `rows` is dx_ND = dz W1,
-which is left to be summed over slots.
-Bytes at T = 32768, K = 4, D = 1024, F = 128: `inner` 404 MB, `rows` 369 MB, `outer` 570 MB each (in fp32), of which
-gathered rows are 268 MB (67 MB different ones).
+and writes h = gate * relu(z)^2 once more, so that both weight gradients are plain products of rows (experts_outer.py).
+`rows` is dx_ND = dz W1, which is left to be summed over slots.
+Bytes at T = 32768, K = 4, D = 1024, F = 128: `inner` 404 MB, `rows` 369 MB, of which gathered rows are 268 MB (67 MB
+different ones).
 
 A tile that enters a product is used for nothing else. Triton 3.6 gives a tile that is also read into registers one
 buffer fewer, but not the asynchronous product that reads it: the next copy overwrites it meanwhile. So sums for the
@@ -19,7 +17,6 @@ Shapes: T tokens, K slots of each, N = T K slots sorted by expert, E experts, D 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,38 +46,9 @@ class RowsConfig(NamedTuple):
     stages: int
 
 
-class OuterConfig(NamedTuple):
-    """Columns of D a program, rows a step, warps, stages, and the most registers of a thread (None: no limit)."""
-
-    cols: int
-    step: int
-    warps: int
-    stages: int
-    registers: int | None = None
-
-
 INNER = InnerConfig(rows=64, step=32, warps=4, stages=5, registers=168)
 ROWS = RowsConfig(rows=64, cols=64, split=1, warps=4, stages=4)
-OUTER = OuterConfig(cols=128, step=64, warps=8, stages=3, registers=128)
 SIDE = 16  # columns: the narrowest product. A slot has its gate in two bf16 parts, and 1.
-
-
-def weight_gradients(
-    g_TD: torch.Tensor,
-    x_TD: torch.Tensor,
-    inner_states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    slots: Slots,
-    sums: Sequence[torch.Tensor],
-    *,
-    add: bool,
-) -> None:
-    """Of fc1, bias1, fc2, bias2, into `sums`, of their shapes and any dtype; add: to what is in there.
-
-    inner_states: dz, h and side of `inner`.
-    """
-    dz_NF, h_NF, side_NC = inner_states
-    outer(dz_NF, x_TD, side_NC, slots, *sums[:2], gated=False, add=add)
-    outer(h_NF, g_TD, side_NC, slots, *sums[2:], gated=True, add=add)
 
 
 def inner(
@@ -223,94 +191,3 @@ def _rows_kernel(
     for first in range(begin, begin + D // SPLIT, BLOCK_D):
         out = tl.dot(z_grad, tl.load(w_rows + first))
         tl.store(places + first, out.to(dx.dtype.element_ty), mask=(n == held)[:, None])
-
-
-def outer(
-    narrow_NF: torch.Tensor,
-    wide_TD: torch.Tensor,
-    side_NC: torch.Tensor,
-    slots: Slots,
-    weight_sum: torch.Tensor,
-    bias_sum: torch.Tensor,
-    *,
-    gated: bool,
-    add: bool,
-    config: OuterConfig = OUTER,
-) -> None:
-    """Gradients of a weight and its bias, sums over the rows n of each expert, written or, with `add`, added there.
-
-    narrow[n]' wide[token of n], [E, F, D], and the sum of narrow, [E, F]; gated: the transpose, [E, D, F], and the sum
-    of gate * wide, [E, D]. An expert without rows gets zeros.
-    """
-    (F, D), K, E = (narrow_NF.shape[1], wide_TD.shape[1]), slots.place_TK.shape[1], len(weight_sum)
-    cols = math.gcd(config.cols, D)
-    _outer_kernel[(E * (D // cols),)](
-        *(narrow_NF, wide_TD, side_NC, slots.order_N, slots.rows_E, slots.ends_E, slots.longest_E),
-        *(weight_sum, bias_sum, gated, add, K, D, F, SIDE, config.step, cols),
-        num_warps=config.warps,
-        num_stages=config.stages,
-        maxnreg=config.registers,
-    )
-
-
-@triton.jit
-def _outer_kernel(
-    narrow,
-    wide,
-    side,
-    order,
-    rows_of,
-    ends,
-    longest,
-    weight_sum,
-    bias_sum,
-    GATED: tl.constexpr,
-    ADD: tl.constexpr,
-    K: tl.constexpr,
-    D: tl.constexpr,
-    F: tl.constexpr,
-    SIDE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    # Longest first: an expert of many times the mean rows that began last would keep a few programs alone.
-    expert = tl.load(longest + tl.program_id(0) // (D // BLOCK_D))
-    block = tl.program_id(0) % (D // BLOCK_D)
-    end = tl.load(ends + expert)
-    begin = end - tl.load(rows_of + expert)
-    f, d, c = tl.arange(0, F), block * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, SIDE)
-    if GATED:
-        total, sums = tl.zeros((BLOCK_D, F), tl.float32), tl.zeros((BLOCK_D, SIDE), tl.float32)
-    else:
-        total, sums = tl.zeros((F, BLOCK_D), tl.float32), tl.zeros((F, SIDE), tl.float32)
-    n = begin + tl.arange(0, BLOCK_N)
-    token = tl.load(order + n, mask=n < end, other=0) // K
-    for _ in range(begin, end, BLOCK_N):
-        inside, row = (n < end)[:, None], n.to(tl.int64)[:, None]
-        a = tl.load(narrow + row * F + f[None, :], mask=inside, other=0.0)
-        b = tl.load(wide + token.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0)
-        s = tl.load(side + row * SIDE + c[None, :], mask=inside, other=0.0)
-        if GATED:
-            total = tl.dot(tl.trans(b), a, total)
-            sums = tl.dot(tl.trans(b), s, sums)
-        else:
-            total = tl.dot(tl.trans(a), b, total)
-            sums = tl.dot(tl.trans(a), s, sums)
-        # Loaded a step before it is used: an index inside the pipeline would cost it a stage.
-        n += BLOCK_N
-        token = tl.load(order + n, mask=n < end, other=0) // K
-    base = weight_sum + expert.to(tl.int64) * D * F
-    if GATED:
-        places, bias_places = base + d[:, None] * F + f[None, :], bias_sum + expert * D + d
-        of_bias = tl.sum(tl.where(c[None, :] < 2, sums, 0.0), axis=1)
-    else:
-        places, bias_places = base + f[:, None] * D + d[None, :], bias_sum + expert * F + f
-        of_bias = tl.sum(tl.where(c[None, :] == 2, sums, 0.0), axis=1)
-    if ADD:
-        total += tl.load(places).to(tl.float32)
-    tl.store(places, total.to(weight_sum.dtype.element_ty))
-    # All blocks of an expert have the sum of the narrow rows.
-    if GATED or block == 0:
-        if ADD:
-            of_bias += tl.load(bias_places).to(tl.float32)
-        tl.store(bias_places, of_bias.to(bias_sum.dtype.element_ty))

@@ -124,15 +124,30 @@ class Crossing:
         """Gates and experts of all ranks' tokens, [X, K] each. gates: fp32 or fp64, experts: integers."""
         return _GatheredChoices.apply(gates_TK, experts_TK, self)
 
+    def send(
+        self, rows_ND: torch.Tensor, place_XK: torch.Tensor, held_1: torch.Tensor | None
+    ) -> torch.Tensor:
+        """[X, D]: sums over each token's slots here (dispatch.sum_slots), those of other ranks' tokens sent at once."""
+        from trainer.kernels.dispatch import sum_slots
+
+        ranks, own = self.exchange.ranks, self.exchange.rank
+        sums_XD = self.exchange.room(rows_ND[: len(place_XK)])
+        parts = list(zip(place_XK.chunk(ranks), sums_XD.chunk(ranks), strict=True))
+        for place, out in parts[:own] + parts[own + 1 :]:
+            sum_slots(rows_ND, place, held_1=held_1, out_TD=out)
+        self._rows = self.exchange.give(sums_XD)
+        sum_slots(rows_ND, parts[own][0], held_1=held_1, out_TD=parts[own][1])
+        return sums_XD
+
     def give_back(
         self, sums_XD: torch.Tensor, bases: Callable[[], list[torch.Tensor]]
     ) -> torch.Tensor:
         """[T, D]: the sum over ranks of what they have for this rank's tokens, and of bases: at most two [T, D].
 
-        sums_XD: where `exchange.room` is, best. bases: called while rows are on their way.
+        sums_XD: of `send`, or what is still to be sent. bases: called while rows are on their way.
         """
         sums_XD = _Awaited.apply(sums_XD, self)
-        arriving = self.exchange.give(sums_XD.detach())
+        arriving, self._rows = self._rows or self.exchange.give(sums_XD.detach()), None
         return _GivenBack.apply(sums_XD, arriving, self, *bases())
 
     def await_gradients(self) -> None:
@@ -152,12 +167,8 @@ class Crossing:
         held_1: torch.Tensor | None,
     ) -> None:
         """See Unsummed: both gradients are on their way from here."""
-        from trainer.kernels.dispatch import sum_slots
-
         self._gates = self.exchange.give(gates_grad_XK, "choices")
-        room = self.exchange.room(rows_ND[: len(place_XK)])
-        sums_XD = sum_slots(rows_ND, place_XK, held_1=held_1, out_TD=room)
-        self._rows = self.exchange.give(sums_XD)
+        self.send(rows_ND, place_XK, held_1)
 
     def take(self) -> tuple[Slotted, list[torch.Tensor]]:
         """See Unsummed."""

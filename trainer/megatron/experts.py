@@ -12,7 +12,6 @@ Shapes: N routed rows sorted by expert, E experts of this rank, D hidden size, F
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +27,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from trainer.megatron.dispatch import Slots, gather_gates, gather_rows, sort_slots, sum_slots
 
 if TYPE_CHECKING:  # triton is on CUDA alone
+    from trainer.kernels.experts import Send
     from trainer.kernels.norm import Unsummed
     from trainer.megatron.exchange import Crossing
 
@@ -68,18 +68,18 @@ class RoutedExperts(MegatronModule):
         slots: Slots,
         *bases_TD: torch.Tensor,
         unsummed: Unsummed | Crossing | None = None,
-        room: Callable[[torch.Tensor], torch.Tensor] = torch.empty_like,
+        send: Send | None = None,
     ) -> torch.Tensor:
         """The sum of bases, at most two, and of the gated outputs of every token's experts here, [T, D].
 
-        slots: of `sort`. unsummed: see trainer/kernels/norm.py, room: where the result goes; both with `triton` alone.
+        slots: of `sort`. unsummed: see trainer/kernels/norm.py, send: trainer/kernels/experts.py; with `triton` alone.
         """
         parameters = (self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
         if self.compute == "triton":
             from trainer.kernels.experts import fused_experts
 
             inputs = (x_TD, gates_TK, slots, bases_TD, *parameters)
-            return fused_experts(*inputs, sums=_sums(parameters), unsummed=unsummed, room=room)
+            return fused_experts(*inputs, sums=_sums(parameters), unsummed=unsummed, send=send)
         y_ND = _loop(
             gather_rows(x_TD, slots), slots.rows_E, gather_gates(gates_TK, slots), *parameters
         )

@@ -114,6 +114,6 @@ class StudentMoE(MegatronModule):
         gates_XK, experts_XK = crossing.gather_choices(*self.router(router_x, padding_SB))
         slots = self.experts.sort(experts_XK)
         sums_XD = self.experts(
-            *(gathered(), gates_XK, slots), unsummed=unsummed, room=self._exchange.room
+            *(gathered(), gates_XK, slots), unsummed=unsummed, send=crossing.send
         )
         return crossing.give_back(sums_XD, bases).view_as(x_SBD)

@@ -1,4 +1,4 @@
-"""The order of a layer's pass between ranks, with a second rank that is made up: what crosses goes on beside other work."""
+"""A layer's pass between ranks, the second one made up: what crosses goes on beside other work."""
 
 from __future__ import annotations
 
