@@ -146,7 +146,8 @@ def test_a_cuda_graph_holds_it(leaves) -> None:
 
 @pytest.mark.parametrize("piece", [512, 4096])
 def test_busy_experts_are_summed_in_pieces(piece) -> None:
-    experts_TK = torch.cat([torch.full((9000, 2), 3), _experts(3000, 2)])
+    drawn = _experts(3000, 2)
+    experts_TK = torch.cat([torch.full((9000, 2), 3, dtype=drawn.dtype, device="cuda"), drawn])
     experts_TK[::7, 1] = 5
     for name, error in outer_errors("cuda", experts_TK, SIZES, piece).items():
         assert error < 1, name

@@ -19,9 +19,11 @@ pytestmark = [
 SIZES = (2050, 1024, 512, 256, 128)
 
 
-@pytest.mark.parametrize(("topk", "readers"), [(4, 2), (0, 1), (0, 3)])
-def test_norm_and_sums_equal_fp64(topk, readers) -> None:
-    for name, error in norm_errors("cuda", 5003, 1024, topk, readers).items():
+@pytest.mark.parametrize(
+    ("topk", "readers", "ranks"), [(4, 2, 1), (0, 1, 1), (0, 3, 1), (4, 2, 2), (4, 2, 4)]
+)
+def test_norm_and_sums_equal_fp64(topk, readers, ranks) -> None:
+    for name, error in norm_errors("cuda", 5003, 1024, topk, readers, ranks).items():
         assert error < (2e-6 if name.endswith("sum") else 5e-3), name  # else rounded to bf16, once
 
 

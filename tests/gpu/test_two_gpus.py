@@ -1,4 +1,4 @@
-"""Two GPUs on NCCL: experts shared out for the optimizer, expert parallelism."""
+"""Two GPUs: experts shared out for the optimizer, expert parallelism, and exchanges by each other's memory."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ pytestmark = [
     ),
 ]
 _WIDE = {"layers": 8, "hidden": 128, "heads": 4, "head_dim": 32, "ffn": 128, "shared_width": 64}
+_SENT = [(70_000, "bfloat16"), (6, "float32"), (0, "bfloat16"), (300, "bfloat16")]
 _FAST = {
     "device": "cuda",
     "deterministic": False,
@@ -29,8 +30,23 @@ _FAST = {
 }
 
 
-def run(runtime: dict[str, Any], out: Path) -> None:
-    """One rank: six steps of a small student; losses, norms and a hash of every parameter."""
+def run(runtimes: dict[str, dict[str, Any]], out: Path) -> None:
+    """One rank: of each runtime, six steps of a small student; and differences of exchanges."""
+    import torch.distributed as dist
+
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_stream(
+        torch.cuda.Stream()
+    )  # as topology.py does; the default one is not recorded
+    dist.init_process_group("nccl")
+    seen = {name: _steps(runtime) for name, runtime in runtimes.items()}
+    seen["exchanges"] = {f"{rows} {dtype}": _different(rows, dtype) for rows, dtype in _SENT}
+    (out / f"{dist.get_rank()}.json").write_text(json.dumps(seen))
+    dist.destroy_process_group()
+
+
+def _steps(runtime: dict[str, Any]) -> dict[str, Any]:
+    """Losses, norms and a hash of every parameter."""
     from tests.trainer.megatron.tiny import (
         SEQ_LEN,
         STUDENT,
@@ -58,47 +74,67 @@ def run(runtime: dict[str, Any], out: Path) -> None:
             seen["norms"].append(values["grad_norm"])
         require_equal_replicas(trainer.student)
         parameters = trainer.student.named_parameters()
-        seen["weights"] = {name: int(bit_sum(parameter)) for name, parameter in parameters}
-        (out / f"{topology.rank}.json").write_text(json.dumps(seen))
+        return seen | {"weights": {name: int(bit_sum(parameter)) for name, parameter in parameters}}
 
 
-def _both(folder: Path, **runtime: Any) -> list[dict[str, Any]]:
-    folder.mkdir()
+def _different(num_rows: int, dtype: str) -> int:
+    """Entries that exchanges by each other's memory give otherwise than collectives, both lanes at once, twice."""
+    import torch.distributed as dist
+
+    from trainer.megatron.exchange import Collectives
+    from trainer.megatron.peers import Peers
+
+    group = dist.group.WORLD
+    peers, collectives, wrong = Peers(group), Collectives(group), 0
+    make = torch.Generator("cuda").manual_seed(dist.get_rank())
+    for kept in (True, False):
+        own = torch.randn(num_rows, 64, device="cuda", generator=make).to(getattr(torch, dtype))
+        few, both = own[:, :4].float().contiguous(), torch.cat([own, -own])
+        sent = [peers.gather(own, kept=kept), peers.gather(few, "choices", kept=kept)]
+        for of, got in zip((own, few), sent, strict=True):
+            wrong += int((got.wait() != collectives.gather(of).wait()).sum())
+        room = peers.room(both)
+        room.copy_(both)
+        for given, lane in ((room, "rows"), (both.float(), "choices")):
+            arriving, want = peers.give(given, lane), collectives.give(given).wait()
+            rank, others = dist.get_rank(), arriving.wait()
+            wrong += int((others != want.chunk(2)[1 - rank]).sum())
+            wrong += int((arriving.own_TD != want.chunk(2)[rank]).sum())
+    return wrong
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """By runtime, of both ranks."""
+    folder, shards = tmp_path_factory.mktemp("two"), {"distributed_optimizer": True}
+    runtimes = {
+        "whole": {"cuda_graph": True},
+        "shards": {"parallel": shards, "cuda_graph": True},
+        "experts": {"parallel": {"expert": 2}},
+        "recorded experts": {"parallel": {"expert": 2}, "cuda_graph": True},
+    }
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    worker = ["-m", "tests.gpu.test_two_gpus", json.dumps(runtimes), str(folder)]
     done = subprocess.run(
-        [
-            *(
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                "--nproc-per-node",
-                "2",
-            ),
-            *("-m", "tests.gpu.test_two_gpus", json.dumps(runtime), str(folder)),
-        ],
+        [sys.executable, "-m", *launch, *worker],
         capture_output=True,
         text=True,
         timeout=600,
         env=os.environ | {"PYTHONWARNINGS": "ignore"},
     )
     assert done.returncode == 0, done.stderr[-6000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
-
-
-@pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    folder, shards = tmp_path_factory.mktemp("two"), {"distributed_optimizer": True}
-    return {
-        "whole": _both(folder / "whole", cuda_graph=True),
-        "shards": _both(folder / "shards", parallel=shards, cuda_graph=True),
-        "experts": _both(folder / "experts", parallel={"expert": 2}),
-        "recorded experts": _both(folder / "recorded", parallel={"expert": 2}, cuda_graph=True),
-    }
+    ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return {name: [rank[name] for rank in ranks] for name in ranks[0]}
 
 
 def test_ranks_tell_the_same(seen) -> None:
-    for first, second in seen.values():
+    for name in ("whole", "shards", "experts", "recorded experts"):
+        first, second = seen[name]
         assert first["losses"] == second["losses"] and first["norms"] == second["norms"]
+
+
+def test_exchanges_by_memory_give_what_collectives_give(seen) -> None:
+    assert all(not any(rank.values()) for rank in seen["exchanges"])
 
 
 def test_shared_out_experts_train_as_whole_ones_in_every_bit(seen) -> None:

@@ -13,9 +13,13 @@ WEIGHTS = ("proj", "proj_bias", "norm", "fc1", "fc1_bias", "fc2", "fc2_bias")
 MOE = ("router", "router_bias", "w1", "b1", "w2", "b2")
 
 
-def norm_errors(device: str, tokens: int, hidden: int, topk: int, readers: int) -> dict[str, float]:
-    """Of `norm_gradients` against fp64 on the same bf16 inputs; topk 0: no rows of slots."""
-    from trainer.kernels.norm import norm_gradients
+def norm_errors(
+    device: str, tokens: int, hidden: int, topk: int, readers: int, ranks: int = 1
+) -> dict[str, float]:
+    """Of `norm_gradients` against fp64 on the same bf16 inputs; topk 0: no rows of slots. ranks: half of the slots are
+    of other ranks, which give a row a token.
+    """
+    from trainer.kernels.norm import Slotted, norm_gradients
     from trainer.megatron import around_attention
 
     make = torch.Generator(device).manual_seed(tokens + hidden)
@@ -26,9 +30,20 @@ def norm_errors(device: str, tokens: int, hidden: int, topk: int, readers: int) 
     h, weight, other = draw(tokens, hidden), draw(hidden), draw(tokens, hidden)
     grads = [draw(tokens, hidden) for _ in range(readers)]
     order = torch.randperm(tokens * topk, generator=make, device=device).int()
-    slotted = (draw(tokens * topk, hidden), order.view(tokens, topk)) if topk else None
+    slotted = [Slotted(draw(tokens * topk, hidden), order.view(tokens, topk))] if topk else []
+    if ranks > 1:
+        held = torch.tensor([tokens * topk // 2], dtype=torch.int32, device=device)
+        rows = draw(tokens * (ranks - 1), hidden)
+        place = torch.arange(len(rows), dtype=torch.int32, device=device).view(tokens, ranks - 1)
+        slotted = [slotted[0]._replace(held_1=held), Slotted(rows, place)]
+        slotted[0].rows_ND[int(held) :] = torch.nan  # never read
     got, x, sums = norm_gradients(h, weight, grads, other, EPS, slotted, normed=True)
-    wide = None if slotted is None else (slotted[0].double().cpu(), slotted[1].cpu())
+    wide = [
+        Slotted(
+            of.rows_ND.nan_to_num().double().cpu(), *(t if t is None else t.cpu() for t in of[1:])
+        )
+        for of in slotted
+    ]
     of = around_attention.norm_gradients(
         *(h.double().cpu(), weight.double().cpu(), [g.double().cpu() for g in grads]),
         *(other.double().cpu(), EPS, wide),

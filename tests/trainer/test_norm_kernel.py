@@ -33,10 +33,11 @@ def uncompiled(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "hidden", "topk", "readers"), [(70, 48, 4, 2), (1, 64, 0, 1), (130, 1024, 1, 3)]
+    ("tokens", "hidden", "topk", "readers", "ranks"),
+    [(70, 48, 4, 2, 1), (1, 64, 0, 1, 1), (130, 1024, 1, 3, 1), (70, 64, 4, 2, 3)],
 )
-def test_norm_and_sums_equal_fp64(tokens, hidden, topk, readers) -> None:
-    for name, error in norm_errors("cpu", tokens, hidden, topk, readers).items():
+def test_norm_and_sums_equal_fp64(tokens, hidden, topk, readers, ranks) -> None:
+    for name, error in norm_errors("cpu", tokens, hidden, topk, readers, ranks).items():
         assert error < (2e-6 if name.endswith("sum") else 5e-3), name  # else rounded to bf16, once
 
 
@@ -53,11 +54,11 @@ def test_a_layer_has_the_gradients_that_autograd_adds_up() -> None:
 
 
 def test_what_is_left_is_taken_once() -> None:
-    from trainer.kernels.norm import Unsummed
+    from trainer.kernels.norm import Slotted, Unsummed
 
-    rows, place = torch.zeros(4, 8), torch.zeros(2, 2, dtype=torch.int32)
-    unsummed = Unsummed((rows, place))
-    assert unsummed.take() == ((rows, place), [])
+    slotted = Slotted(torch.zeros(4, 8), torch.zeros(2, 2, dtype=torch.int32))
+    unsummed = Unsummed(slotted)
+    assert unsummed.take() == [slotted]
     with pytest.raises(AssertionError):
         unsummed.take()
 

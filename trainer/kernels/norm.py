@@ -30,8 +30,16 @@ class NormConfig(NamedTuple):
 
 
 NORM = NormConfig(tokens=64, warps=4)
-# rows_ND, and place_TK, where each slot of each token is in them.
-Slotted = tuple[torch.Tensor, torch.Tensor]
+
+
+class Slotted(NamedTuple):
+    """Gradients by slots: rows_ND, and place_TK int32, where each slot of each token is in them; held_1: how many rows
+    there are, None: as many as slots. A slot beyond them adds nothing.
+    """
+
+    rows_ND: torch.Tensor
+    place_TK: torch.Tensor
+    held_1: torch.Tensor | None = None
 
 
 @dataclass
@@ -45,16 +53,16 @@ class Unsummed:
         rows_ND: torch.Tensor,
         place_TK: torch.Tensor,
         _gates_grad_TK: torch.Tensor,
-        _held_1: torch.Tensor | None,
+        held_1: torch.Tensor | None,
     ) -> None:
         """The gradients of x by slots and of gates, before those of weights; place, held: see dispatch.Slots."""
-        self.slotted = (rows_ND, place_TK)
+        self.slotted = Slotted(rows_ND, place_TK, held_1)
 
-    def take(self) -> tuple[Slotted, list[torch.Tensor]]:
-        """What was left, by slots and whole [T, D]; once."""
+    def take(self) -> list[Slotted]:
+        """What was left; once."""
         taken, self.slotted = self.slotted, None
         assert taken is not None, "the experts left no gradient in this pass"
-        return taken, []
+        return [taken]
 
 
 def norm_gradients(
@@ -63,28 +71,40 @@ def norm_gradients(
     grads_TD: Sequence[torch.Tensor],
     other_TD: torch.Tensor,
     eps: float,
-    slotted: Slotted | None = None,
+    slotted: Sequence[Slotted] = (),
     *,
     normed: bool = False,
     config: NormConfig = NORM,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """(gradient of h; x, with `normed`; sums over tokens, fp32 [3, D]: gradients of the weight and of h, and other).
 
-    grads: one to three. All contiguous and of h's dtype, bf16 or fp32, as are the results; place int32. T > 0.
+    grads: one to three; slotted: at most two, the second without held. All contiguous and of h's dtype, bf16 or fp32,
+    as are the results. T > 0.
     """
     (T, D), grads = h_TD.shape, list(grads_TD)
-    rows_ND, place_TK = slotted or (h_TD, None)
-    K = 0 if place_TK is None else place_TK.shape[1]
+    nothing = Slotted(h_TD, torch.empty(0, 0))
+    first, second = [*slotted, nothing, nothing][:2]
+    slots = (first.place_TK.shape[1], first.held_1 is not None, second.place_TK.shape[1])
     programs = triton.cdiv(T, config.tokens)
     out_TD, x_TD = torch.empty_like(h_TD), torch.empty_like(h_TD) if normed else None
     sums_P3D = h_TD.new_empty(programs, 3, D, dtype=torch.float32)
     _norm_kernel[(programs,)](
-        *(h_TD, weight_D, *(grads + grads[:1] * 2)[:3], rows_ND, place_TK, other_TD),
-        *(out_TD, x_TD, sums_P3D, T, float(eps)),
-        *(len(grads), normed, D, triton.next_power_of_2(D), K, config.tokens),
+        *(h_TD, weight_D, *(grads + grads[:1] * 2)[:3], other_TD, out_TD, x_TD, sums_P3D),
+        *(*_pointers(first, h_TD), *_pointers(second, h_TD)[:2], T, float(eps)),
+        *(len(grads), normed, D, triton.next_power_of_2(D), *slots, config.tokens),
         num_warps=config.warps,
     )
     return out_TD, x_TD, sums_P3D.sum(dim=0)
+
+
+def _pointers(slotted: Slotted, stand_in: torch.Tensor) -> list[torch.Tensor]:
+    """Arguments for the kernel, which reads none that is absent."""
+    rows_ND, place_TK, held_1 = slotted
+    return [
+        rows_ND,
+        place_TK if place_TK.numel() else stand_in,
+        stand_in if held_1 is None else held_1,
+    ]
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -94,12 +114,15 @@ def _norm_kernel(
     grad,
     second,
     third,
-    rows,
-    place,
     other,
     out,
     x,
     sums,
+    rows,
+    place,
+    held,
+    more_rows,
+    more_place,
     T,
     eps,
     GRADS: tl.constexpr,
@@ -107,6 +130,8 @@ def _norm_kernel(
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     K: tl.constexpr,
+    HELD: tl.constexpr,
+    MORE: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
     d = tl.arange(0, WIDTH)
@@ -117,17 +142,18 @@ def _norm_kernel(
     other_sum = tl.zeros((WIDTH,), tl.float32)
     begin = tl.program_id(0) * TOKENS
     count = tl.minimum(TOKENS, T - begin)
-    readers = (grad, second, third)
-    ahead = _load_token(readers, rows, place, h, other, begin, GRADS, D, WIDTH, K)
+    num_held = tl.load(held) if HELD else 0
+    readers, slotted = (grad, second, third), (rows, place, num_held, more_rows, more_place)
+    ahead = _load_token(readers, slotted, h, other, begin, GRADS, D, WIDTH, K, HELD, MORE)
     for step in range(0, count):
         # Of the next token, before this one's sums hold up all warps.
-        held, following = ahead, begin + tl.minimum(step + 1, count - 1)
-        ahead = _load_token(readers, rows, place, h, other, following, GRADS, D, WIDTH, K)
+        now, following = ahead, begin + tl.minimum(step + 1, count - 1)
+        ahead = _load_token(readers, slotted, h, other, following, GRADS, D, WIDTH, K, HELD, MORE)
         cell = (begin + step).to(tl.int64) * D + d
-        value, by_other = held[0].to(tl.float32), held[1].to(tl.float32)
-        g = held[2].to(tl.float32)
-        for i in tl.static_range(3, 2 + GRADS + K):
-            g += held[i].to(tl.float32)
+        value, by_other = now[0].to(tl.float32), now[1].to(tl.float32)
+        g = now[2].to(tl.float32)
+        for i in tl.static_range(3, 2 + GRADS + K + MORE):
+            g += now[i].to(tl.float32)
         turned = g * w
         # Both sums at once: the mean of turned * normal is scale times that of turned * value.
         square, along = tl.sum(value * value) / D, tl.sum(turned * value) / D
@@ -149,8 +175,7 @@ def _norm_kernel(
 @triton.jit
 def _load_token(
     readers,
-    rows,
-    place,
+    slotted,
     h,
     other,
     t,
@@ -158,17 +183,24 @@ def _load_token(
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     K: tl.constexpr,
+    HELD: tl.constexpr,
+    MORE: tl.constexpr,
 ):
     # h, other, and the gradients of x [WIDTH], as they are stored.
+    rows, place, num_held, more_rows, more_place = slotted
     d = tl.arange(0, WIDTH)
     cell, inside = t.to(tl.int64) * D + d, d < D
-    held = (
+    loaded = (
         tl.load(h + cell, mask=inside, other=0.0),
         tl.load(other + cell, mask=inside, other=0.0),
     )
     for i in tl.static_range(GRADS):
-        held = held + (tl.load(readers[i] + cell, mask=inside, other=0.0),)  # noqa: RUF005
+        loaded = loaded + (tl.load(readers[i] + cell, mask=inside, other=0.0),)  # noqa: RUF005
     for k in tl.static_range(K):
         row = tl.load(place + t * K + k).to(tl.int64)
-        held = held + (tl.load(rows + row * D + d, mask=inside, other=0.0),)  # noqa: RUF005
-    return held
+        there = inside & (row < num_held) if HELD else inside
+        loaded = loaded + (tl.load(rows + row * D + d, mask=there, other=0.0),)  # noqa: RUF005
+    for k in tl.static_range(MORE):
+        row = tl.load(more_place + t * MORE + k).to(tl.int64)
+        loaded = loaded + (tl.load(more_rows + row * D + d, mask=inside, other=0.0),)  # noqa: RUF005
+    return loaded

@@ -21,6 +21,7 @@ Shapes: T tokens, D hidden, X columns of the projection, A attention's output, W
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -103,13 +104,13 @@ def before_gradients(
 def after_gradients(
     residual_grad_TD: torch.Tensor,
     x_grads: list[torch.Tensor],
-    slotted: Slotted | None,
+    slotted: Sequence[Slotted],
     kept: tuple[torch.Tensor, ...],
     weights: tuple[torch.Tensor, ...],
     eps: float,
 ) -> Grads:
     """Of hidden, out, proj, proj_bias, norm, and the sum of residual_grad over tokens. x_grads: of readers of x, one to
-    three; slotted: of one more, by slots (see trainer/kernels/norm.py). kept: out and residual; weights: proj and norm.
+    three; slotted: of one more, by slots (trainer/kernels/norm.py). kept: out and residual; weights: proj and norm.
     """
     (out_TA, residual_TD), (proj, norm) = kept, weights
     of = norm_gradients(residual_TD, norm, x_grads, residual_grad_TD, eps, slotted)
@@ -142,7 +143,7 @@ def norm_gradients(
     grads: list[torch.Tensor],
     other_TD: torch.Tensor,
     eps: float,
-    slotted: Slotted | None = None,
+    slotted: Sequence[Slotted] = (),
     *,
     normed: bool = False,
 ) -> OfNorm:
@@ -158,9 +159,10 @@ def norm_gradients(
         )
         weight_grad, hidden_sum, other_sum = sums_3D.to(weight_D.dtype)
         return OfNorm(hidden_grad, weight_grad, x, hidden_sum, other_sum)
-    if slotted is not None:
-        rows_ND, place_TK = slotted
-        grads = [*grads, *(rows_ND[place_K.long()] for place_K in place_TK.unbind(1))]
+    for rows_ND, place_TK, held_1 in slotted:
+        there_TK = place_TK >= 0 if held_1 is None else place_TK < held_1
+        rows_TKD = rows_ND[place_TK.long()] * there_TK.unsqueeze(2)
+        grads = [*grads, *rows_TKD.unbind(1)]
     h, weight = _wide(h_TD), _wide(weight_D)
     grad = functools.reduce(torch.add, map(_wide, grads))
     scale = torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + eps)
@@ -298,10 +300,8 @@ class _After(torch.autograd.Function):
         ctx: Any, residual_grad_TD: torch.Tensor, *x_grads: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
         kept, weights = ctx.saved_tensors[:2], ctx.saved_tensors[2:]
-        given, slotted = [grad for grad in x_grads if grad is not None], None
-        if ctx.unsummed is not None:
-            slotted, whole = ctx.unsummed.take()
-            given += whole
+        given = [grad for grad in x_grads if grad is not None]
+        slotted = [] if ctx.unsummed is None else ctx.unsummed.take()
         hidden_grad, out_grad, *grads, fc2_bias_grad = after_gradients(
             residual_grad_TD, given, slotted, kept, weights, ctx.eps
         )

@@ -52,8 +52,8 @@ class Exchange(Protocol):
     rank: int
     ranks: int
 
-    def gather(self, own_TX: torch.Tensor, lane: str = "rows") -> Arriving:
-        """All ranks' rows, [R T, ...] in the order of ranks."""
+    def gather(self, own_TX: torch.Tensor, lane: str = "rows", *, kept: bool = True) -> Arriving:
+        """All ranks' rows, [R T, ...] in the order of ranks; not kept: they may be overwritten by the lane's next."""
         ...
 
     def give(self, all_XD: torch.Tensor, lane: str = "rows") -> Arriving:
@@ -71,7 +71,7 @@ class Collectives:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group, self.rank, self.ranks = group, group.rank(), group.size()
 
-    def gather(self, own_TX: torch.Tensor, lane: str = "rows") -> Arriving:
+    def gather(self, own_TX: torch.Tensor, lane: str = "rows", *, kept: bool = True) -> Arriving:
         """See Exchange."""
         own_TX = own_TX.contiguous()
         rows = own_TX.new_empty(self.ranks * len(own_TX), *own_TX.shape[1:])
@@ -110,6 +110,7 @@ class Crossing:
         self.exchange, self.by_slots = exchange, by_slots
         self._rows: Arriving | None = None
         self._gates: Arriving | None = None
+        self._own: Slotted | None = None
 
     def gather(self, x_TD: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Send this rank's rows; what is returned waits for all ranks' [X, D]."""
@@ -130,13 +131,22 @@ class Crossing:
         """[X, D]: sums over each token's slots here (dispatch.sum_slots), those of other ranks' tokens sent at once."""
         from trainer.kernels.dispatch import sum_slots
 
-        ranks, own = self.exchange.ranks, self.exchange.rank
-        sums_XD = self.exchange.room(rows_ND[: len(place_XK)])
-        parts = list(zip(place_XK.chunk(ranks), sums_XD.chunk(ranks), strict=True))
-        for place, out in parts[:own] + parts[own + 1 :]:
-            sum_slots(rows_ND, place, held_1=held_1, out_TD=out)
+        sums_XD, own = self._send_others(rows_ND, place_XK, held_1), self.exchange.rank
+        place, out = (of.chunk(self.exchange.ranks)[own] for of in (place_XK, sums_XD))
+        sum_slots(rows_ND, place, held_1=held_1, out_TD=out)
+        return sums_XD
+
+    def _send_others(
+        self, rows_ND: torch.Tensor, place_XK: torch.Tensor, held_1: torch.Tensor | None
+    ) -> torch.Tensor:
+        from trainer.kernels.dispatch import sum_slots
+
+        sums_XD, ranks = self.exchange.room(rows_ND[: len(place_XK)]), self.exchange.ranks
+        parts = zip(place_XK.chunk(ranks), sums_XD.chunk(ranks), strict=True)
+        for rank, (place, out) in enumerate(parts):
+            if rank != self.exchange.rank:
+                sum_slots(rows_ND, place, held_1=held_1, out_TD=out)
         self._rows = self.exchange.give(sums_XD)
-        sum_slots(rows_ND, parts[own][0], held_1=held_1, out_TD=parts[own][1])
         return sums_XD
 
     def give_back(
@@ -156,7 +166,7 @@ class Crossing:
 
     def send_gradients(self, grad_TD: torch.Tensor) -> torch.Tensor:
         """Of this rank's tokens to all ranks: [X, D], to be waited for (`await_gradients`)."""
-        self._rows = self.exchange.gather(grad_TD.contiguous())
+        self._rows = self.exchange.gather(grad_TD.contiguous(), kept=False)
         return self._rows.rows
 
     def leave(
@@ -167,15 +177,21 @@ class Crossing:
         held_1: torch.Tensor | None,
     ) -> None:
         """See Unsummed: both gradients are on their way from here."""
-        self._gates = self.exchange.give(gates_grad_XK, "choices")
-        self.send(rows_ND, place_XK, held_1)
+        from trainer.kernels.norm import Slotted
 
-    def take(self) -> tuple[Slotted, list[torch.Tensor]]:
-        """See Unsummed."""
-        arrived = self._take_rows()
-        rows_YD = arrived.wait()
-        own = [] if arrived.own_TD is None else [arrived.own_TD]
-        return (rows_YD, _places(len(rows_YD), self.exchange, arrived)), own
+        self._gates = self.exchange.give(gates_grad_XK, "choices")
+        self._send_others(rows_ND, place_XK, held_1)
+        own = place_XK.chunk(self.exchange.ranks)[self.exchange.rank]
+        self._own = Slotted(rows_ND, own, held_1)
+
+    def take(self) -> list[Slotted]:
+        """See Unsummed: this rank's by slots, the others' summed by rank."""
+        from trainer.kernels.norm import Slotted
+
+        arrived, own = self._take_rows(), self._own
+        arrived.wait()
+        self._own = None
+        return [own, Slotted(arrived.rows, _places(len(arrived.rows), self.exchange, arrived))]
 
     def gates_gradient(self, grad_XK: torch.Tensor) -> torch.Tensor:
         """[T, K]: each gate's from the rank that holds its expert; the others have zeros."""
@@ -212,7 +228,7 @@ class _GatheredChoices(torch.autograd.Function):
         ctx.crossing = crossing
         # One exchange for both: gates as they are, in whole words.
         words = [gates_TK.contiguous().view(torch.int32), experts_TK.to(torch.int32)]
-        sent = crossing.exchange.gather(torch.cat(words, dim=1), "choices")
+        sent = crossing.exchange.gather(torch.cat(words, dim=1), "choices", kept=False)
         gates, experts = sent.wait().split([of.shape[1] for of in words], dim=1)
         gates_XK = gates.contiguous().view(gates_TK.dtype)
         experts_XK = experts.to(experts_TK.dtype, memory_format=torch.contiguous_format)

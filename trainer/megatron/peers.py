@@ -13,7 +13,7 @@ lane of rows gathers and gifts alternate in both passes; a layer's choices lie b
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,32 +39,36 @@ class Peers:
         self._streams = {lane: torch.cuda.Stream() for lane in _LANES}
         self._buffers: dict[tuple[str, int], _Buffer] = {}
 
-    def gather(self, own_TX: torch.Tensor, lane: str = "rows") -> Arriving:
+    def gather(self, own_TX: torch.Tensor, lane: str = "rows", *, kept: bool = True) -> Arriving:
         """See Exchange."""
-        T, buffer = len(own_TX), self._buffer(f"gathered {lane}", own_TX)
-        rows = own_TX.new_empty(self.ranks * T, *own_TX.shape[1:])
+        T, shape = len(own_TX), (self.ranks * len(own_TX), *own_TX.shape[1:])
+        buffer = self._buffer(f"gathered {lane}", self.ranks * own_TX.nbytes)
+        laid, own = buffer.of(self.rank, shape, own_TX.dtype), slice(self.rank * T, None)
+        rows = own_TX.new_empty(shape) if kept else laid
         with self._beside(lane) as ready:
-            buffer.of(self.rank, own_TX).copy_(own_TX)
+            laid[own][:T].copy_(own_TX)
             buffer.barrier()
             for peer in self._others():
-                _copy(rows[peer * T :][:T], buffer.of(peer, own_TX))
-        # Beside it, as peers wait for what is laid down.
-        with self._beside(f"own {lane}" if lane == "rows" else lane) as own_ready:
-            rows[self.rank * T :][:T].copy_(own_TX)
+                of_peer = buffer.of(peer, shape, own_TX.dtype)[peer * T :][:T]
+                _copy(rows[peer * T :][:T], of_peer)
+        if not kept:
+            return Arriving(rows, None, ready, held=own_TX)
+        with self._beside("own rows") as own_ready:
+            rows[own][:T].copy_(own_TX)
         return Arriving(rows, None, lambda: (ready(), own_ready()), held=own_TX)
 
     def give(self, all_XD: torch.Tensor, lane: str = "rows") -> Arriving:
         """See Exchange; own rows are left where they lie. Rows that lie in `room` are not copied."""
         T, laid = len(all_XD) // self.ranks, self._given(lane, all_XD)
         rows = all_XD.new_empty((self.ranks - 1) * T, *all_XD.shape[1:])
-        buffer, own = self._buffer(f"given {lane}", all_XD), slice(self.rank * T, None)
+        buffer, own = self._buffer(f"given {lane}", all_XD.nbytes), slice(self.rank * T, None)
         with self._beside(lane) as ready:
             if laid.data_ptr() != all_XD.data_ptr():
                 laid.copy_(all_XD)
             buffer.barrier()
             for peer in self._others():
-                place = peer - (peer > self.rank)
-                _copy(rows[place * T :][:T], buffer.of(peer, all_XD)[own][:T])
+                place, of_peer = peer - (peer > self.rank), buffer.of(peer, *_like(all_XD))
+                _copy(rows[place * T :][:T], of_peer[own][:T])
         return Arriving(rows, laid[own][:T], ready, held=all_XD)
 
     def room(self, like_XD: torch.Tensor) -> torch.Tensor:
@@ -72,7 +76,7 @@ class Peers:
         return self._given("rows", like_XD)
 
     def _given(self, lane: str, like: torch.Tensor) -> torch.Tensor:
-        return self._buffer(f"given {lane}", like).of(self.rank, like)
+        return self._buffer(f"given {lane}", like.nbytes).of(self.rank, *_like(like))
 
     def _others(self) -> list[int]:
         """The peers, the next one first: no GPU is read by all at once."""
@@ -88,14 +92,18 @@ class Peers:
             yield lambda: torch.cuda.current_stream().wait_event(done)
             done.record()
 
-    def _buffer(self, use: str, like: torch.Tensor) -> _Buffer:
+    def _buffer(self, use: str, num_bytes: int) -> _Buffer:
         """Of at least these bytes. Every rank of the group asks for the same ones in the same order, and none is ever
         freed, as recorded passes have their addresses.
         """
-        size = max(_LEAST, 1 << (like.nbytes - 1).bit_length())
+        size = max(_LEAST, 1 << (num_bytes - 1).bit_length())
         if (use, size) not in self._buffers:
             self._buffers[use, size] = _Buffer(size, self._group)
         return self._buffers[use, size]
+
+
+def _like(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype
 
 
 def _copy(rows: torch.Tensor, of_peer: torch.Tensor) -> None:
@@ -126,9 +134,9 @@ class _Buffer:
                 "and parallel.distributed_optimizer=true",
             ) from error
 
-    def of(self, rank: int, like: torch.Tensor) -> torch.Tensor:
-        """A rank's part, in the shape and dtype of `like`."""
-        return self._handle.get_buffer(rank, like.shape, like.dtype)
+    def of(self, rank: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A rank's bytes."""
+        return self._handle.get_buffer(rank, shape, dtype)
 
     def barrier(self) -> None:
         """Queued: what follows finds what every rank wrote before its own."""

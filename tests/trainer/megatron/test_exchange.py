@@ -19,7 +19,7 @@ class _Alone:
     def __init__(self, own: bool) -> None:
         self._own, self.log = own, []
 
-    def gather(self, own_TX, lane="rows"):
+    def gather(self, own_TX, lane="rows", *, kept=True):
         rows = torch.cat([own_TX, torch.zeros_like(own_TX)])
         return self._arriving(f"gather {lane}", rows, None)
 
