@@ -231,7 +231,7 @@ class _GatheredChoices(torch.autograd.Function):
         sent = crossing.exchange.gather(torch.cat(words, dim=1), "choices", kept=False)
         gates, experts = sent.wait().split([of.shape[1] for of in words], dim=1)
         gates_XK = gates.contiguous().view(gates_TK.dtype)
-        experts_XK = experts.to(experts_TK.dtype, memory_format=torch.contiguous_format)
+        experts_XK = experts.to(experts_TK.dtype).contiguous()
         ctx.mark_non_differentiable(experts_XK)
         return gates_XK, experts_XK
 
