@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 2 -m benchmarks.collectives --device cpu --megabytes 1
 
 Of R ranks with S bytes each, in place: an all-reduce moves 2 S (R - 1) / R in and as much out of a rank, a
-reduce-scatter or an all-gather S (R - 1) / R, an all-to-all S (R - 1) / R. Prints on rank 0.
+reduce-scatter or an all-gather S (R - 1) / R, an all-to-all S (R - 1) / R. On CUDA also the exchanges of expert
+parallelism (trainer/megatron/peers.py), which move as much. Prints on rank 0.
 """
 
 from __future__ import annotations
@@ -52,6 +53,12 @@ def measure(num_bytes: int, device: str) -> dict[str, dict[str, float]]:
         "all_gather bf16": (part * half.nbytes, lambda: all_gather(half, own_half)),
         "all_to_all bf16": (part * half.nbytes, lambda: dist.all_to_all_single(other, half)),
     }
+    if device == "cuda":
+        from trainer.megatron.peers import Peers
+
+        peers, moved = Peers(dist.group.WORLD), part * half.nbytes
+        works["gather by peers' memory bf16"] = (moved, lambda: peers.gather(own_half).wait())
+        works["give by peers' memory bf16"] = (moved, lambda: peers.give(half).wait())
     return {name: _timed(*of, device) for name, of in works.items()}
 
 

@@ -288,7 +288,8 @@ def outer_errors(
             sums = [draw(*want.shape).to(dtype) for want in (weight, bias)]
             before = [(total if add else torch.zeros_like(total)).double() for total in sums]
             outer(narrow, wide, side, slots, *sums, gated=gated, add=add, piece=piece)
-            bound = 1e-6 if add else BF16
+            # Tensor cores add in fp32 and drop bits: half a unit for each product of 16 rows.
+            bound = FP32 + piece / 16 * 2**-24 if add else BF16
             for name, total, old, want in zip("wb", sums, before, (weight, bias), strict=True):
                 errors[f"{name}, gated {gated}, add {add}"] = gap(total, old + want) / bound
     return errors
