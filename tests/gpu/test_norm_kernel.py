@@ -32,6 +32,12 @@ def test_relu_squared_equals_fp64() -> None:
         assert error < (2e-6 if name.endswith("sum") else 5e-3), name
 
 
+@pytest.mark.parametrize("left", [True, False])
+def test_a_layer_between_ranks_has_the_gradients_of_one(left) -> None:
+    errors = layer_errors("cuda", SIZES, left=left, ranks=2)
+    assert all(error < 1e-2 for error in errors.values()), errors
+
+
 def test_a_layer_has_the_gradients_that_autograd_adds_up() -> None:
     errors = layer_errors("cuda", SIZES)
     assert all(error < 1e-2 for error in errors.values()), errors

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from tests.trainer.made_up_rank import Alone
 from tests.trainer.moe_kernel_errors import gap
 
 EPS = 1e-5
@@ -72,13 +73,18 @@ def relu_errors(device: str, tokens: int, width: int) -> dict[str, float]:
     return {name: gap(one, wants[name]) for name, one in zip(wants, got, strict=True)}
 
 
-def layer_gradients(device: str, sizes: tuple[int, ...], *, left: bool) -> dict[str, torch.Tensor]:
-    """The output and all gradients of `after`, router and experts; left: the experts leave theirs by slots."""
+def layer_gradients(
+    device: str, sizes: tuple[int, ...], *, left: bool, ranks: int = 1
+) -> dict[str, torch.Tensor]:
+    """The output and all gradients of `after`, router and experts; left: the experts leave theirs by slots. ranks: 2
+    with one that brings nothing.
+    """
     from trainer.kernels.dispatch import sort_slots
     from trainer.kernels.experts import fused_experts
     from trainer.kernels.norm import Unsummed
     from trainer.kernels.routing import routed
     from trainer.megatron.around_attention import after, shared_expert
+    from trainer.megatron.exchange import Crossing
 
     T, D, W, E, F = sizes
     make = torch.Generator(device).manual_seed(T)
@@ -92,25 +98,34 @@ def layer_gradients(device: str, sizes: tuple[int, ...], *, left: bool) -> dict[
         .requires_grad_()
         for name, shape in shapes.items()
     }
-    unsummed = Unsummed() if left else None
+    crossing = Crossing(Alone(own=True), by_slots=left) if ranks > 1 else None
+    unsummed = crossing or Unsummed() if left else None
     inputs, weights = (leaves["hidden"], leaves["out"]), [leaves[n] for n in WEIGHTS]
     residual, x, router_x, shared_x = after(*inputs, tuple(weights[:3]), weights[-1], EPS, unsummed)
     shared, residual = shared_expert(shared_x, residual, tuple(weights[3:]))
     choice: dict[str, Any] = {"rows": 2, "topk": 4, "groups": 4, "group_topk": 2, "scaling": 2.5}
     balance = torch.zeros(E, device=device)
     got = routed(router_x, leaves["router"], leaves["router_bias"], balance, None, **choice)
-    total = fused_experts(
-        *(x, got.gates_TK, sort_slots(got.experts_TK, E), [shared, residual]),
-        *(leaves[n] for n in MOE[2:]),
-        unsummed=unsummed,
-    )
+    experts, bases = [leaves[n] for n in MOE[2:]], [shared, residual]
+    if crossing is None:
+        slots = sort_slots(got.experts_TK, E)
+        total = fused_experts(x, got.gates_TK, slots, bases, *experts, unsummed=unsummed)
+    else:
+        gathered = crossing.gather(x)
+        gates_XK, experts_XK = crossing.gather_choices(got.gates_TK, got.experts_TK)
+        inputs = (gathered(), gates_XK, sort_slots(experts_XK, E, 0), [])
+        sums = fused_experts(*inputs, *experts, unsummed=unsummed, send=crossing.send)
+        total = crossing.give_back(sums, lambda: bases)
     grad = torch.randn(T, D, generator=make, device=device).bfloat16()
     shares_grad = torch.randn(got.shares_BE.shape, generator=make, device=device)
     grads = torch.autograd.grad((total, got.shares_BE), list(leaves.values()), (grad, shares_grad))
     return {"total": total} | dict(zip(leaves, grads, strict=True))
 
 
-def layer_errors(device: str, sizes: tuple[int, ...]) -> dict[str, float]:
-    """Of every gradient, with experts that leave theirs against experts that return it."""
-    got, want = (layer_gradients(device, sizes, left=left) for left in (True, False))
+def layer_errors(
+    device: str, sizes: tuple[int, ...], *, left: bool = True, ranks: int = 1
+) -> dict[str, float]:
+    """Of every gradient, against experts that are all here and return it."""
+    got = layer_gradients(device, sizes, left=left, ranks=ranks)
+    want = layer_gradients(device, sizes, left=False)
     return {name: gap(got[name], want[name]) for name in want}

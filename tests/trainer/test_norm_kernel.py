@@ -53,6 +53,12 @@ def test_a_layer_has_the_gradients_that_autograd_adds_up() -> None:
     assert all(error < 1e-2 for error in errors.values()), errors
 
 
+@pytest.mark.parametrize("left", [True, False])
+def test_a_layer_between_ranks_has_the_gradients_of_one(left) -> None:
+    errors = layer_errors("cpu", SIZES, left=left, ranks=2)
+    assert all(error < 1e-2 for error in errors.values()), errors
+
+
 def test_what_is_left_is_taken_once() -> None:
     from trainer.kernels.norm import Slotted, Unsummed
 

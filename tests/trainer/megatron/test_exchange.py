@@ -6,37 +6,10 @@ import pytest
 import torch
 
 from tests.distributed.gloo import run_gloo
+from tests.trainer.made_up_rank import Alone
 from tests.trainer.megatron.tiny import STUDENT
 
 T, B, D = 6, 2, 32
-
-
-class _Alone:
-    """An exchange of the first of two ranks; the other brings zeros and has nothing for this one's tokens."""
-
-    rank, ranks = 0, 2
-
-    def __init__(self, own: bool) -> None:
-        self._own, self.log = own, []
-
-    def gather(self, own_TX, lane="rows", *, kept=True):
-        rows = torch.cat([own_TX, torch.zeros_like(own_TX)])
-        return self._arriving(f"gather {lane}", rows, None)
-
-    def give(self, all_XD, lane="rows"):
-        own, other = all_XD.chunk(2)
-        nothing = torch.zeros_like(other)
-        rows = nothing if self._own else torch.cat([own, nothing])
-        return self._arriving(f"give {lane}", rows, own if self._own else None)
-
-    def room(self, like_XD):
-        return torch.empty_like(like_XD)
-
-    def _arriving(self, what, rows, own):
-        from trainer.megatron.exchange import Arriving
-
-        self.log.append(what)
-        return Arriving(rows, own, lambda: self.log.append(f"wait for {what}"))
 
 
 def _layer(exchange=None):
@@ -76,7 +49,7 @@ def _passes(_rank: int) -> dict:
         alone = _run(_layer(), [])
         found = {}
         for own in (False, True):
-            exchange = _Alone(own)
+            exchange = Alone(own)
             got = _run(_layer(exchange), exchange.log)
             errors = [float((a - b).abs().max()) for a, b in zip(got, alone, strict=True)]
             found[own] = (exchange.log, max(errors))
