@@ -48,6 +48,12 @@ class GraphedLayers:
         """Whether `record` has run."""
         return self._recorded is not None
 
+    @property
+    def graphs(self) -> tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph]:
+        """Forward and backward, once recorded, for measurements."""
+        assert self._recorded is not None, "nothing is recorded"
+        return self._recorded.forward_graph, self._recorded.backward_graph
+
     def record(self, run: Callable[[], Any]) -> None:
         """Record the pass that `run` makes through the block, with gradients, under Megatron's DDP. Its output is of no
         use, and gradient buffers and counts hold rubbish afterwards: the caller clears them.

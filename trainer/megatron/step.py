@@ -113,6 +113,12 @@ class Trainer:
             self.shard,
         )
 
+    @property
+    def graphs(self) -> tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph]:
+        """The recorded layers, forward and backward, after the first step with `cuda_graph`."""
+        assert self._graphed is not None, "cuda_graph is off"
+        return self._graphed.graphs
+
     def _graphed_layers(self) -> GraphedLayers:
         graphed = GraphedLayers(self.student.decoder)
         self.topology.at_end.callback(graphed.release)

@@ -87,3 +87,19 @@ def test_shared_expert_runs_while_rows_are_on_their_way(passes, own) -> None:
         "give choices",
         "wait for give choices",
     ]
+
+
+def test_gpus_that_do_not_reach_each_other_are_refused_with_a_remedy(monkeypatch) -> None:
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    from common.errors import EngineError
+    from trainer.megatron.peers import _Buffer
+
+    def refuse(*_, **__):
+        raise RuntimeError("CUDA driver error: peer access is not supported\nat somewhere")
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(symmetric_memory, "empty", refuse)
+    with pytest.raises(EngineError, match="peer access is not supported") as raised:
+        _Buffer(1024, None)
+    assert "parallel.distributed_optimizer=true" in str(raised.value)
