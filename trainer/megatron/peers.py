@@ -36,7 +36,9 @@ class Peers:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group, self.rank, self.ranks = group, group.rank(), group.size()
-        self._streams = {lane: torch.cuda.Stream() for lane in _LANES}
+        # Ahead of what else is ready: a barrier behind a product that holds all multiprocessors began 45 us late, behind
+        # `outer` 100 (seen in a trace). Graphs keep priorities (torch's CUDAGraph: UseNodePriority).
+        self._streams = {lane: torch.cuda.Stream(priority=-1) for lane in _LANES}
         self._buffers: dict[tuple[str, int], _Buffer] = {}
 
     def gather(self, own_TX: torch.Tensor, lane: str = "rows", *, kept: bool = True) -> Arriving:
