@@ -22,7 +22,7 @@ import torch.distributed as dist
 from common.errors import EngineError
 from trainer.megatron.exchange import Arriving
 
-_LANES = ("rows", "choices", "own rows")
+_LANES = {"rows": -1, "choices": -1, "own rows": 0}  # and their streams' priorities
 # Bytes up to which a kernel reads a peer's: a copy engine takes one copy after another, and behind 67 MB the 1 MB of
 # choices waited 0.15 ms.
 _SMALL = 2**22
@@ -36,9 +36,11 @@ class Peers:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group, self.rank, self.ranks = group, group.rank(), group.size()
-        # Ahead of what else is ready: a barrier behind a product that holds all multiprocessors began 45 us late, behind
-        # `outer` 100 (seen in a trace). Graphs keep priorities (torch's CUDAGraph: UseNodePriority).
-        self._streams = {lane: torch.cuda.Stream(priority=-1) for lane in _LANES}
+        # Ahead of what else is ready: barriers began 45 us late behind products that hold all multiprocessors, 100
+        # behind `outer` (seen in a trace). Graphs keep priorities (torch's CUDAGraph: UseNodePriority).
+        self._streams = {
+            lane: torch.cuda.Stream(priority=priority) for lane, priority in _LANES.items()
+        }
         self._buffers: dict[tuple[str, int], _Buffer] = {}
 
     def gather(self, own_TX: torch.Tensor, lane: str = "rows", *, kept: bool = True) -> Arriving:
