@@ -40,9 +40,7 @@ def norm_errors(
         slotted[0].rows_ND[int(held) :] = torch.nan  # never read
     got, x, sums = norm_gradients(h, weight, grads, other, EPS, slotted, normed=True)
     wide = [
-        Slotted(
-            of.rows_ND.nan_to_num().double().cpu(), *(t if t is None else t.cpu() for t in of[1:])
-        )
+        Slotted(of.rows_ND.double().cpu(), *(t if t is None else t.cpu() for t in of[1:]))
         for of in slotted
     ]
     of = around_attention.norm_gradients(

@@ -161,7 +161,7 @@ def norm_gradients(
         return OfNorm(hidden_grad, weight_grad, x, hidden_sum, other_sum)
     for rows_ND, place_TK, held_1 in slotted:
         there_TK = place_TK >= 0 if held_1 is None else place_TK < held_1
-        rows_TKD = rows_ND[place_TK.long()] * there_TK.unsqueeze(2)
+        rows_TKD = torch.where(there_TK.unsqueeze(2), rows_ND[place_TK.long()], 0)
         grads = [*grads, *rows_TKD.unbind(1)]
     h, weight = _wide(h_TD), _wide(weight_D)
     grad = functools.reduce(torch.add, map(_wide, grads))
