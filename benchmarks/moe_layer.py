@@ -197,7 +197,11 @@ def second_half(moe: torch.nn.Module, inputs: tuple[torch.Tensor, torch.Tensor])
         residual, normed, for_router, for_shared = after(
             *inputs, tuple(own), of_shared[-1], 1e-5, unsummed
         )
-        beside = lambda: shared_expert(for_shared, residual, tuple(of_shared))  # noqa: E731
+
+        def beside() -> tuple[torch.Tensor, ...]:
+            both = shared_expert(for_shared, residual, tuple(of_shared))
+            return tuple(of.view_as(x) for of in both)
+
         total = moe.routed(
             normed.view_as(x),
             None,
