@@ -184,6 +184,43 @@ def _outer_kernel(
     begin = of_end - count + tl.load(piece_number + number) * PIECE
     end = tl.minimum(begin + PIECE, of_end)
     f, d, c = tl.arange(0, F), block * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, SIDE)
+    total, sums = _products(
+        *(narrow, wide, side, order, begin, end, f, d, c),
+        *(GATED, K, D, F, SIDE, BLOCK_N, BLOCK_D),
+    )
+    if GATED:
+        cells, bias_cells, size = d[:, None] * F + f[None, :], d, D
+        of_bias = tl.sum(tl.where(c[None, :] < 2, sums, 0.0), axis=1)
+    else:
+        cells, bias_cells, size = f[:, None] * D + d[None, :], f, F
+        of_bias = tl.sum(tl.where(c[None, :] == 2, sums, 0.0), axis=1)
+    whole, aside, of = count <= PIECE, _aside(begin, end, of_end, PIECE), expert.to(tl.int64)
+    _put(total, weight_sum + of * D * F, asides + aside * D * F, cells, whole, ADD)
+    # All blocks of an expert have the sum of the narrow rows.
+    if GATED or block == 0:
+        _put(of_bias, bias_sum + of * size, bias_asides + aside * size, bias_cells, whole, ADD)
+
+
+@triton.jit
+def _products(
+    narrow,
+    wide,
+    side,
+    order,
+    begin,
+    end,
+    f,
+    d,
+    c,
+    GATED: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    SIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # Of the rows from begin to end: of wide and narrow (gated) or the transpose, and with side in place of narrow.
     if GATED:
         total, sums = tl.zeros((BLOCK_D, F), tl.float32), tl.zeros((BLOCK_D, SIDE), tl.float32)
     else:
@@ -204,29 +241,18 @@ def _outer_kernel(
         # Loaded a step before it is used: an index inside the pipeline would cost it a stage.
         n += BLOCK_N
         token = tl.load(order + n, mask=n < end, other=0) // K
-    if GATED:
-        cells, bias_cells, size = d[:, None] * F + f[None, :], d, D
-        of_bias = tl.sum(tl.where(c[None, :] < 2, sums, 0.0), axis=1)
-    else:
-        cells, bias_cells, size = f[:, None] * D + d[None, :], f, F
-        of_bias = tl.sum(tl.where(c[None, :] == 2, sums, 0.0), axis=1)
-    # All blocks of an expert have the sum of the narrow rows.
-    first = GATED or block == 0
-    if count > PIECE:
-        aside = _aside(begin, end, of_end, PIECE)
-        tl.store(asides + aside * D * F + cells, total)
-        if first:
-            tl.store(bias_asides + aside * size + bias_cells, of_bias)
-    else:
-        places = weight_sum + expert.to(tl.int64) * D * F + cells
+    return total, sums
+
+
+@triton.jit
+def _put(value, place, aside, cells, whole, ADD: tl.constexpr):
+    """The sum of a whole expert where it belongs, of a piece aside."""
+    if whole:
         if ADD:
-            total += tl.load(places).to(tl.float32)
-        tl.store(places, total.to(weight_sum.dtype.element_ty))
-        if first:
-            bias_places = bias_sum + expert * size + bias_cells
-            if ADD:
-                of_bias += tl.load(bias_places).to(tl.float32)
-            tl.store(bias_places, of_bias.to(bias_sum.dtype.element_ty))
+            value += tl.load(place + cells).to(tl.float32)
+        tl.store(place + cells, value.to(place.dtype.element_ty))
+    else:
+        tl.store(aside + cells, value)
 
 
 @triton.jit

@@ -137,9 +137,8 @@ def _norm_kernel(
     d = tl.arange(0, WIDTH)
     inside = d < D
     w = tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
-    weight_sum = tl.zeros((WIDTH,), tl.float32)
-    out_sum = tl.zeros((WIDTH,), tl.float32)
-    other_sum = tl.zeros((WIDTH,), tl.float32)
+    none = tl.zeros((WIDTH,), tl.float32)
+    weight_sum, out_sum, other_sum = none, none, none
     begin = tl.program_id(0) * TOKENS
     count = tl.minimum(TOKENS, T - begin)
     num_held = tl.load(held) if HELD else 0
@@ -149,9 +148,8 @@ def _norm_kernel(
         # Of the next token, before this one's sums hold up all warps.
         now, following = ahead, begin + tl.minimum(step + 1, count - 1)
         ahead = _load_token(readers, slotted, h, other, following, GRADS, D, WIDTH, K, HELD, MORE)
-        cell = (begin + step).to(tl.int64) * D + d
-        value, by_other = now[0].to(tl.float32), now[1].to(tl.float32)
-        g = now[2].to(tl.float32)
+        cell, value = (begin + step).to(tl.int64) * D + d, now[0].to(tl.float32)
+        by_other, g = now[1].to(tl.float32), now[2].to(tl.float32)
         for i in tl.static_range(3, 2 + GRADS + K + MORE):
             g += now[i].to(tl.float32)
         turned = g * w
