@@ -38,16 +38,21 @@ def by_class(kernels: dict[str, dict[str, float]]) -> dict[str, float]:
     return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
 
-def profiled(work: Any) -> dict[str, dict[str, float]]:
-    """Milliseconds and calls of every kernel that `work` runs, longest first."""
+def profile_of(work: Any) -> Any:
+    """torch's profile of what runs on the device in `work`."""
     import torch
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         work()
         torch.cuda.synchronize()
+    return profile
+
+
+def profiled(work: Any) -> dict[str, dict[str, float]]:
+    """Milliseconds and calls of every kernel that `work` runs, longest first."""
     rows = [
         (event.key, event.self_device_time_total / 1e3, event.count)
-        for event in profile.key_averages()
+        for event in profile_of(work).key_averages()
         if event.self_device_time_total
     ]
     rows.sort(key=lambda row: -row[1])

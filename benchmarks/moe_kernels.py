@@ -128,7 +128,8 @@ def launches(tokens: int) -> dict[str, Callable[..., Any]]:
     sums = [torch.zeros_like(w, dtype=torch.float32) for w in (w1, b1, w2, b2)]
     choice, balance = routing.Choice(rows=tokens // ROW, **CHOICE), torch.zeros(E, device="cuda")
     shares = torch.randn(tokens // ROW, E, device="cuda")
-    of, back = routing.RouteConfig, experts_backward
+    of, back, of_weights = routing.RouteConfig, experts_backward, experts_outer
+    added: dict[str, Any] = {"add": True, "cut": of_weights.pieces(slots)}
     route_grads = (experts_TK, None, gates, shares, choice)
     return {
         "choose": lambda *c: routing.choose(logits, b1[:2].view(-1), balance, None, choice, of(*c)),
@@ -144,18 +145,11 @@ def launches(tokens: int) -> dict[str, Callable[..., Any]]:
         "sum of gradients": lambda *c: dispatch.sum_slots(
             y, slots.place_TK, [], dispatch.SumConfig(*c)
         ),
-        "outer 1": lambda *c: experts_outer.outer(
-            z,
-            x,
-            side,
-            slots,
-            *sums[:2],
-            gated=False,
-            add=True,
-            config=experts_outer.OuterConfig(*c),
+        "outer 1": lambda *c: of_weights.outer(
+            *(z, x, side, slots, *sums[:2]), gated=False, config=of_weights.OuterConfig(*c), **added
         ),
-        "outer 2": lambda *c: experts_outer.outer(
-            z, g, side, slots, *sums[2:], gated=True, add=True, config=experts_outer.OuterConfig(*c)
+        "outer 2": lambda *c: of_weights.outer(
+            *(z, g, side, slots, *sums[2:]), gated=True, config=of_weights.OuterConfig(*c), **added
         ),
     }
 

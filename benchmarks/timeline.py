@@ -1,7 +1,7 @@
 """Where the time of the recorded layers goes: what computes, what is between ranks with nothing beside it, what idles.
 
     torchrun --nproc-per-node 2 -m benchmarks.timeline configs/base.yaml parallel.expert=2
-    python -m benchmarks.timeline configs/base.yaml --layers 8 --trace trace.json
+    python -m benchmarks.timeline configs/base.yaml --layers 8 --trace traces
 
 A student of a few layers (the profiler of torch 2.11 ends with a segmentation fault on graphs of ten thousand kernels)
 takes two steps as `vpmoe-train kd` does; then its forward and its backward graph are replayed under the profiler, all
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kernel_classes import by_class
+from benchmarks.kernel_classes import by_class, profile_of
 from benchmarks.student_step import take_steps
 from common.config import load_config
 from trainer.config import KDConfig
@@ -90,9 +90,7 @@ def _events(work: Callable[[], Any], path: Path | None) -> list[Event]:
     """What runs on the device in `work`."""
     import torch
 
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        work()
-        torch.cuda.synchronize()
+    profile = profile_of(work)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         profile.export_chrome_trace(str(path))

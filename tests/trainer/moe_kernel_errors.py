@@ -264,12 +264,13 @@ def outer_errors(
 ) -> dict[str, float]:
     """Of weight gradients added to fp32 sums and of written ones, from rows in pieces, over bounds of fp32 and bf16."""
     from trainer.kernels.dispatch import sort_slots
-    from trainer.kernels.experts_outer import outer
+    from trainer.kernels.experts_outer import outer, pieces
 
     (E, D, F), (T, K) = sizes, experts_TK.shape
     make = torch.Generator(device).manual_seed(T)
     draw = lambda *shape: torch.randn(*shape, device=device, generator=make)  # noqa: E731
     slots = sort_slots(experts_TK.to(device, torch.int32), E)
+    cut = pieces(slots, piece)
     narrow, wide, side = draw(T * K, F).bfloat16(), draw(T, D).bfloat16(), draw(T * K, 16)
     side[:, 2:] = 1.0
     side = side.bfloat16()
@@ -287,7 +288,7 @@ def outer_errors(
         for add, dtype in ((True, torch.float32), (False, torch.bfloat16)):
             sums = [draw(*want.shape).to(dtype) for want in (weight, bias)]
             before = [(total if add else torch.zeros_like(total)).double() for total in sums]
-            outer(narrow, wide, side, slots, *sums, gated=gated, add=add, piece=piece)
+            outer(narrow, wide, side, slots, *sums, gated=gated, add=add, cut=cut)
             # Tensor cores add in fp32 and drop bits: half a unit for each product of 16 rows.
             bound = FP32 + piece / 16 * 2**-24 if add else BF16
             for name, total, old, want in zip("wb", sums, before, (weight, bias), strict=True):

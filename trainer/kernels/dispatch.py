@@ -224,16 +224,23 @@ def _tiles_kernel(
     e = tl.arange(0, E)
     row = tl.load(rows + e, mask=e < num_experts, other=0)
     count = (row + BLOCK_M - 1) // BLOCK_M
-    tile_end = tl.cumsum(count, axis=0)
     first_row = tl.cumsum(row, axis=0) - row
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    expert = tl.sum((tile_end[None, :] <= i[:, None]).to(tl.int32), axis=1)
-    inside = i[:, None] - (tile_end - count)[None, :]
-    start = first_row[None, :] + inside * BLOCK_M
-    start = tl.sum(tl.where(e[None, :] == expert[:, None], start, 0), axis=1)
+    expert, own, inside = nth(i, count)
+    start = tl.sum(tl.where(own, first_row[None, :] + inside * BLOCK_M, 0), axis=1)
     used = i < tl.sum(count, axis=0)
     tl.store(tile_expert + i, tl.where(used, expert, -1), mask=i < size)
     tl.store(tile_start + i, tl.where(used, start, 0), mask=i < size)
+
+
+@triton.jit
+def nth(i, count_E):
+    """Of a list with count_E items for each entry, one entry after another: the entry of item i, and of items and
+    entries whether they belong together and the item's number in the entry.
+    """
+    e, ends = tl.arange(0, count_E.shape[0]), tl.cumsum(count_E, axis=0)
+    entry = tl.sum((ends[None, :] <= i[:, None]).to(tl.int32), axis=1)
+    return entry, e[None, :] == entry[:, None], i[:, None] - (ends - count_E)[None, :]
 
 
 @triton.jit

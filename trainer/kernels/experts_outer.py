@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from trainer.kernels.dispatch import Slots
+from trainer.kernels.dispatch import Slots, nth
 from trainer.kernels.experts_backward import SIDE
 
 PIECE = 4096  # rows; even loads are 512 an expert on one GPU, 4096 with experts spread over eight
@@ -40,7 +40,14 @@ class OuterConfig(NamedTuple):
 
 
 OUTER = OuterConfig(cols=128, step=64, warps=8, stages=3, registers=128)
-Pieces = tuple[torch.Tensor, torch.Tensor]  # see `pieces`
+
+
+class Pieces(NamedTuple):
+    """Expert and number in it, int32 [L] each, of every piece, and the most rows of one; see `pieces`."""
+
+    expert_L: torch.Tensor
+    number_L: torch.Tensor
+    rows: int
 
 
 def weight_gradients(
@@ -63,7 +70,7 @@ def weight_gradients(
 
 
 def pieces(slots: Slots, piece: int = PIECE) -> Pieces:
-    """Expert and number in it, int32 [L] each, of every piece of at most so many rows, the busiest experts first.
+    """Of at most so many rows, the busiest experts first.
 
     An expert without rows has one piece. L = N // piece + E is enough; what is not used has expert -1 and stands last.
     """
@@ -74,7 +81,7 @@ def pieces(slots: Slots, piece: int = PIECE) -> Pieces:
         *(slots.rows_E, slots.longest_E, expert_L, number_L, num_experts, size),
         *(triton.next_power_of_2(num_experts), piece, _BLOCK),
     )
-    return expert_L, number_L
+    return Pieces(expert_L, number_L, piece)
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -93,13 +100,11 @@ def _pieces_kernel(
     expert = tl.load(longest + r, mask=r < num_experts, other=0)
     row = tl.load(rows + expert, mask=r < num_experts, other=0)
     count = tl.where(r < num_experts, tl.maximum((row + PIECE - 1) // PIECE, 1), 0)
-    ends = tl.cumsum(count, axis=0)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    own = r[None, :] == tl.sum((ends[None, :] <= i[:, None]).to(tl.int32), axis=1)[:, None]
-    number = i - tl.sum(tl.where(own, (ends - count)[None, :], 0), axis=1)
+    _, own, inside = nth(i, count)
     of = tl.sum(tl.where(own, expert[None, :], 0), axis=1)
     tl.store(piece_expert + i, tl.where(i < tl.sum(count, axis=0), of, -1), mask=i < size)
-    tl.store(piece_number + i, number, mask=i < size)
+    tl.store(piece_number + i, tl.sum(tl.where(own, inside, 0), axis=1), mask=i < size)
 
 
 def outer(
@@ -112,8 +117,7 @@ def outer(
     *,
     gated: bool,
     add: bool,
-    cut: Pieces | None = None,
-    piece: int = PIECE,
+    cut: Pieces,
     config: OuterConfig = OUTER,
 ) -> None:
     """Gradients of a weight and its bias, sums over the rows n of each expert, written or, with `add`, added there.
@@ -122,7 +126,7 @@ def outer(
     of gate * wide, [E, D]. An expert without rows gets zeros. cut: `pieces` of these slots.
     """
     (N, F), D, K = narrow_NF.shape, wide_TD.shape[1], slots.place_TK.shape[1]
-    (expert_L, number_L), cols = cut or pieces(slots, piece), math.gcd(config.cols, D)
+    (expert_L, number_L, piece), cols = cut, math.gcd(config.cols, D)
     # Two for each whole piece of the slots: see `_aside`.
     most = N // piece
     asides = weight_sum.new_empty(2 * most + 2 if most else 0, F * D, dtype=torch.float32)

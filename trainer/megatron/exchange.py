@@ -131,10 +131,13 @@ class Crossing:
         """[X, D]: sums over each token's slots here (dispatch.sum_slots), those of other ranks' tokens sent at once."""
         from trainer.kernels.dispatch import sum_slots
 
-        sums_XD, own = self._send_others(rows_ND, place_XK, held_1), self.exchange.rank
-        place, out = (of.chunk(self.exchange.ranks)[own] for of in (place_XK, sums_XD))
-        sum_slots(rows_ND, place, held_1=held_1, out_TD=out)
+        sums_XD = self._send_others(rows_ND, place_XK, held_1)
+        sum_slots(rows_ND, self._own_part(place_XK), held_1=held_1, out_TD=self._own_part(sums_XD))
         return sums_XD
+
+    def _own_part(self, of_XD: torch.Tensor) -> torch.Tensor:
+        """Of this rank's tokens."""
+        return of_XD.chunk(self.exchange.ranks)[self.exchange.rank]
 
     def _send_others(
         self, rows_ND: torch.Tensor, place_XK: torch.Tensor, held_1: torch.Tensor | None
@@ -181,8 +184,7 @@ class Crossing:
 
         self._gates = self.exchange.give(gates_grad_XK, "choices")
         self._send_others(rows_ND, place_XK, held_1)
-        own = place_XK.chunk(self.exchange.ranks)[self.exchange.rank]
-        self._own = Slotted(rows_ND, own, held_1)
+        self._own = Slotted(rows_ND, self._own_part(place_XK), held_1)
 
     def take(self) -> list[Slotted]:
         """See Unsummed: this rank's by slots, the others' summed by rank."""
@@ -191,7 +193,7 @@ class Crossing:
         arrived, own = self._take_rows(), self._own
         arrived.wait()
         self._own = None
-        return [own, Slotted(arrived.rows, _places(len(arrived.rows), self.exchange, arrived))]
+        return [own, Slotted(arrived.rows, _places(arrived, self.exchange))]
 
     def gates_gradient(self, grad_XK: torch.Tensor) -> torch.Tensor:
         """[T, K]: each gate's from the rank that holds its expert; the others have zeros."""
@@ -279,16 +281,22 @@ def _sum(arrived: Arriving, exchange: Exchange, *bases_TD: torch.Tensor) -> torc
     if rows_YD.is_cuda and rows_YD.dtype == torch.bfloat16:
         from trainer.kernels.dispatch import sum_slots
 
-        return sum_slots(rows_YD, _places(len(rows_YD), exchange, arrived), bases)
+        return sum_slots(rows_YD, _places(arrived, exchange), bases)
     wide = torch.promote_types(rows_YD.dtype, torch.float32)
-    ranks = exchange.ranks - len(own)
+    ranks = _ranks_among(arrived, exchange)
     total = rows_YD.unflatten(0, (ranks, -1)).sum(dim=0, dtype=wide)
     return sum(bases, start=total).to(rows_YD.dtype)
 
 
-def _places(num_rows: int, exchange: Exchange, arrived: Arriving) -> torch.Tensor:
+def _ranks_among(arrived: Arriving, exchange: Exchange) -> int:
+    """Whose rows they are: R, or R - 1 without its own."""
+    return exchange.ranks - (arrived.own_TD is not None)
+
+
+def _places(arrived: Arriving, exchange: Exchange) -> torch.Tensor:
     """[T, R or R - 1] int32: the rows of each token."""
-    return _table(num_rows, exchange.ranks - (arrived.own_TD is not None), arrived.rows.device)
+    rows_YD = arrived.rows
+    return _table(len(rows_YD), _ranks_among(arrived, exchange), rows_YD.device)
 
 
 @functools.cache

@@ -45,42 +45,41 @@ class Peers:
 
     def gather(self, own_TX: torch.Tensor, lane: str = "rows", *, kept: bool = True) -> Arriving:
         """See Exchange."""
-        T, shape = len(own_TX), (self.ranks * len(own_TX), *own_TX.shape[1:])
+        of_all = (self.ranks, *own_TX.shape), own_TX.dtype
         buffer = self._buffer(f"gathered {lane}", self.ranks * own_TX.nbytes)
-        laid, own = buffer.of(self.rank, shape, own_TX.dtype), slice(self.rank * T, None)
-        rows = own_TX.new_empty(shape) if kept else laid
+        laid_RTX = buffer.of(self.rank, *of_all)
+        rows_RTX = own_TX.new_empty(of_all[0]) if kept else laid_RTX
         with self._beside(lane) as ready:
-            laid[own][:T].copy_(own_TX)
+            laid_RTX[self.rank].copy_(own_TX)
             buffer.barrier()
             for peer in self._others():
-                of_peer = buffer.of(peer, shape, own_TX.dtype)[peer * T :][:T]
-                _copy(rows[peer * T :][:T], of_peer)
+                _copy(rows_RTX[peer], buffer.of(peer, *of_all)[peer])
+        rows = rows_RTX.flatten(0, 1)
         if not kept:
             return Arriving(rows, None, ready, held=own_TX)
         with self._beside("own rows") as own_ready:
-            rows[own][:T].copy_(own_TX)
+            rows_RTX[self.rank].copy_(own_TX)
         return Arriving(rows, None, lambda: (ready(), own_ready()), held=own_TX)
 
     def give(self, all_XD: torch.Tensor, lane: str = "rows") -> Arriving:
         """See Exchange; own rows are left where they lie. Rows that lie in `room` are not copied."""
-        T, laid = len(all_XD) // self.ranks, self._given(lane, all_XD)
-        rows = all_XD.new_empty((self.ranks - 1) * T, *all_XD.shape[1:])
-        buffer, own = self._buffer(f"given {lane}", all_XD.nbytes), slice(self.rank * T, None)
+        all_RTD = all_XD.unflatten(0, (self.ranks, len(all_XD) // self.ranks))
+        buffer, of_all = self._buffer(f"given {lane}", all_XD.nbytes), (all_RTD.shape, all_XD.dtype)
+        laid_RTD = buffer.of(self.rank, *of_all)
+        rows_PTD = all_RTD.new_empty(self.ranks - 1, *all_RTD.shape[1:])
         with self._beside(lane) as ready:
-            if laid.data_ptr() != all_XD.data_ptr():
-                laid.copy_(all_XD)
+            if laid_RTD.data_ptr() != all_XD.data_ptr():
+                laid_RTD.copy_(all_RTD)
             buffer.barrier()
             for peer in self._others():
-                place, of_peer = peer - (peer > self.rank), buffer.of(peer, *_like(all_XD))
-                _copy(rows[place * T :][:T], of_peer[own][:T])
-        return Arriving(rows, laid[own][:T], ready, held=all_XD)
+                place = peer - (peer > self.rank)
+                _copy(rows_PTD[place], buffer.of(peer, *of_all)[self.rank])
+        return Arriving(rows_PTD.flatten(0, 1), laid_RTD[self.rank], ready, held=all_XD)
 
     def room(self, like_XD: torch.Tensor) -> torch.Tensor:
         """See Exchange."""
-        return self._given("rows", like_XD)
-
-    def _given(self, lane: str, like: torch.Tensor) -> torch.Tensor:
-        return self._buffer(f"given {lane}", like.nbytes).of(self.rank, *_like(like))
+        buffer = self._buffer("given rows", like_XD.nbytes)
+        return buffer.of(self.rank, like_XD.shape, like_XD.dtype)
 
     def _others(self) -> list[int]:
         """The peers, the next one first: no GPU is read by all at once."""
@@ -104,10 +103,6 @@ class Peers:
         if (use, size) not in self._buffers:
             self._buffers[use, size] = _Buffer(size, self._group)
         return self._buffers[use, size]
-
-
-def _like(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
-    return tensor.shape, tensor.dtype
 
 
 def _copy(rows: torch.Tensor, of_peer: torch.Tensor) -> None:
