@@ -87,10 +87,12 @@ def _different(num_rows: int, dtype: str) -> int:
     group = dist.group.WORLD
     peers, collectives, wrong = Peers(group), Collectives(group), 0
     make = torch.Generator("cuda").manual_seed(dist.get_rank())
-    for kept in (True, False):
+    for in_place in (True, False):
         own = torch.randn(num_rows, 64, device="cuda", generator=make).to(getattr(torch, dtype))
         few, both = own[:, :4].float().contiguous(), torch.cat([own, -own])
-        sent = [peers.gather(own, kept=kept), peers.gather(few, "choices", kept=kept)]
+        laid = [peers.place(own).copy_(own), peers.place(few, "choices").copy_(few)]
+        rows, choices = laid if in_place else (own, few)
+        sent = [peers.gather(rows), peers.gather(choices, "choices")]
         for of, got in zip((own, few), sent, strict=True):
             wrong += int((got.wait() != collectives.gather(of).wait()).sum())
         room = peers.room(both)

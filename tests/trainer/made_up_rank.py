@@ -11,17 +11,27 @@ class Alone:
     """Of the first of two ranks; the other brings zeros and has nothing for this one's tokens.
 
     own: a rank's own rows are left where they lie, as by trainer/megatron/peers.py. log: what was begun and waited for.
+    in_place: of each gather, whether its rows lay in their place.
     """
 
     rank, ranks = 0, 2
 
     def __init__(self, own: bool) -> None:
         self._own, self.log = own, []
+        self.placed: dict[Any, torch.Tensor] = {}
+        self.in_place: list[bool] = []
 
-    def gather(self, own_TX: torch.Tensor, lane: str = "rows", *, kept: bool = True) -> Any:
+    def gather(self, own_TX: torch.Tensor, lane: str = "rows", owner: Any = None) -> Any:
         """See trainer/megatron/exchange.py."""
+        place = self.placed.pop((lane, owner), None)
+        self.in_place.append(place is not None and place.data_ptr() == own_TX.data_ptr())
         rows = torch.cat([own_TX, torch.zeros_like(own_TX)])
         return self._arriving(f"gather {lane}", rows, None)
+
+    def place(self, like_TX: torch.Tensor, lane: str = "rows", owner: Any = None) -> torch.Tensor:
+        """See trainer/megatron/exchange.py."""
+        self.placed[lane, owner] = torch.empty_like(like_TX)
+        return self.placed[lane, owner]
 
     def give(self, all_XD: torch.Tensor, lane: str = "rows") -> Any:
         """See trainer/megatron/exchange.py; a rank's own rows may be written after it was called."""

@@ -82,7 +82,7 @@ def layer_gradients(
     from trainer.kernels.norm import Unsummed
     from trainer.kernels.routing import routed
     from trainer.megatron.around_attention import after, shared_expert
-    from trainer.megatron.exchange import Crossing
+    from trainer.megatron.exchange import Crossing, GatheredRows
 
     T, D, W, E, F = sizes
     make = torch.Generator(device).manual_seed(T)
@@ -96,7 +96,8 @@ def layer_gradients(
         .requires_grad_()
         for name, shape in shapes.items()
     }
-    crossing = Crossing(Alone(own=True), by_slots=left) if ranks > 1 else None
+    kept = GatheredRows() if left else None
+    crossing = Crossing(Alone(own=True), kept) if ranks > 1 else None
     unsummed = crossing or Unsummed() if left else None
     inputs, weights = (leaves["hidden"], leaves["out"]), [leaves[n] for n in WEIGHTS]
     residual, x, router_x, shared_x = after(*inputs, tuple(weights[:3]), weights[-1], EPS, unsummed)
@@ -110,10 +111,12 @@ def layer_gradients(
         total = fused_experts(x, got.gates_TK, slots, bases, *experts, unsummed=unsummed)
     else:
         gathered = crossing.gather(x)
-        gates_XK, experts_XK = crossing.gather_choices(got.gates_TK, got.experts_TK)
+        crossing.send_choices(got.gates_TK, got.experts_TK)
+        gates_XK, experts_XK = crossing.gathered_choices(got.gates_TK, got.experts_TK)
         inputs = (gathered(), gates_XK, sort_slots(experts_XK, E, 0), [])
         sums = fused_experts(*inputs, *experts, unsummed=unsummed, send=crossing.send)
         total = crossing.give_back(sums, lambda: bases)
+        assert crossing.exchange.in_place == [left, True], "x, where `after` writes it, and choices"
     grad = torch.randn(T, D, generator=make, device=device).bfloat16()
     shares_grad = torch.randn(got.shares_BE.shape, generator=make, device=device)
     grads = torch.autograd.grad((total, got.shares_BE), list(leaves.values()), (grad, shares_grad))

@@ -159,6 +159,24 @@ def test_a_second_base_is_added_before_rounding() -> None:
         torch.testing.assert_close(got.float(), want, rtol=2**-8, atol=0)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_rows_of_other_ranks_are_added_to_the_slots_here_before_rounding(ranks) -> None:
+    from trainer.kernels.dispatch import sort_slots, sum_slots
+
+    make, experts_TK = torch.Generator().manual_seed(3), _experts(20, 2).int()
+    y_ND, more_YD, base = (
+        torch.randn(n, 64, generator=make).bfloat16() for n in (40, 20 * ranks, 20)
+    )
+    slots = sort_slots(experts_TK, 2, 3)
+    y_ND[int(slots.held_1) :] = torch.nan  # never read
+    places = torch.randperm(20 * ranks, generator=make).int().view(20, ranks)
+    got = sum_slots(y_ND, slots.place_TK, [base], held_1=slots.held_1, more=(more_YD, places))
+    there = (experts_TK >= 3) & (experts_TK < 5)
+    own = torch.where(there.unsqueeze(2), y_ND.float()[slots.place_TK], 0).sum(dim=1)
+    want = own + more_YD.float()[places].sum(dim=1) + base.float()
+    torch.testing.assert_close(got.float(), want, rtol=2**-8, atol=0)
+
+
 def test_gradients_are_added_to_sums_unrounded() -> None:
     """Those of the weights, which then have none of their own."""
     for name, error in sum_errors("cpu", _experts(150, 4), SIZES).items():

@@ -270,20 +270,27 @@ def sum_slots(
     bases_TD: Sequence[torch.Tensor] = (),
     config: SumConfig = SUM,
     held_1: torch.Tensor | None = None,
+    more: tuple[torch.Tensor, torch.Tensor] | None = None,
     out_TD: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """[T, D] of y's dtype: the sum over each token's slots and of bases, in fp32 in the order of k, rounded once.
 
-    y_ND: rows in the order of slots; place_TK, held_1: see Slots; bases: at most three [T, D] of y's dtype. out_TD:
-    where to write it, contiguous. No gradient of its own.
+    y_ND: rows in the order of slots; place_TK, held_1: see Slots; more: other rows, and each token's places in them;
+    bases: at most three [T, D]; all of y's dtype. out_TD: where to write it, contiguous. No gradient of its own.
     """
     (tokens, K), D = place_TK.shape, y_ND.shape[1]
+    more_YD, more_TM = (y_ND, place_TK[:, :0]) if more is None else more
     out_TD = y_ND.new_empty(tokens, D) if out_TD is None else out_TD
     bases = [base.contiguous() for base in bases_TD]
     if tokens:
         _sum_kernel[(triton.cdiv(tokens, config.tokens),)](
             *(y_ND, place_TK, *(bases + [y_ND] * 3)[:3], out_TD, tokens),
-            *(place_TK if held_1 is None else held_1, held_1 is not None),
+            *(
+                place_TK if held_1 is None else held_1,
+                more_YD,
+                place_TK if more is None else more_TM,
+            ),
+            *(held_1 is not None, more_TM.shape[1]),
             *(len(bases), D, triton.next_power_of_2(D), K, config.tokens),
             num_warps=config.warps,
         )
@@ -300,7 +307,10 @@ def _sum_kernel(
     out,
     tokens,
     held,
+    more,
+    more_place,
     SOME_HERE: tl.constexpr,
+    MORE: tl.constexpr,
     BASES: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -317,6 +327,10 @@ def _sum_kernel(
         if SOME_HERE:
             there = inside & (row < tl.load(held))[:, None]
         total += tl.load(y + row[:, None] * D + d[None, :], mask=there, other=0.0).to(tl.float32)
+    for k in tl.static_range(MORE):
+        row = tl.load(more_place + t * MORE + k, mask=t < tokens, other=0).to(tl.int64)
+        rows = more + row[:, None] * D + d[None, :]
+        total += tl.load(rows, mask=inside, other=0.0).to(tl.float32)
     own = t.to(tl.int64)[:, None] * D + d[None, :]
     if BASES > 0:
         total += tl.load(base + own, mask=inside, other=0.0).to(tl.float32)

@@ -44,9 +44,19 @@ class Slotted(NamedTuple):
 
 @dataclass
 class Unsummed:
-    """Where the routed experts leave the gradient of their input, by slots, in place of one by autograd."""
+    """Where the routed experts leave the gradient of their input x, by slots, in place of one by autograd; and where x
+    and the gradient of the layer's input are written.
+    """
 
     slotted: Slotted | None = None
+
+    def room_for_x(self, like_TD: torch.Tensor) -> torch.Tensor:
+        """To be written."""
+        return torch.empty_like(like_TD)
+
+    def room_for_gradient(self, like_TD: torch.Tensor) -> torch.Tensor:
+        """Of the layer's input, to be written."""
+        return torch.empty_like(like_TD)
 
     def leave(
         self,
@@ -74,19 +84,21 @@ def norm_gradients(
     slotted: Sequence[Slotted] = (),
     *,
     normed: bool = False,
+    out_TD: torch.Tensor | None = None,
     config: NormConfig = NORM,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """(gradient of h; x, with `normed`; sums over tokens, fp32 [3, D]: gradients of the weight and of h, and other).
 
     grads: one to three; slotted: at most two, the second without held. All contiguous and of h's dtype, bf16 or fp32,
-    as are the results. T > 0.
+    as are the results. out: takes the gradient of h. T > 0.
     """
     (T, D), grads = h_TD.shape, list(grads_TD)
     nothing = Slotted(h_TD, torch.empty(0, 0))
     first, second = [*slotted, nothing, nothing][:2]
     slots = (first.place_TK.shape[1], first.held_1 is not None, second.place_TK.shape[1])
     programs = triton.cdiv(T, config.tokens)
-    out_TD, x_TD = torch.empty_like(h_TD), torch.empty_like(h_TD) if normed else None
+    out_TD = torch.empty_like(h_TD) if out_TD is None else out_TD
+    x_TD = torch.empty_like(h_TD) if normed else None
     sums_P3D = h_TD.new_empty(programs, 3, D, dtype=torch.float32)
     _norm_kernel[(programs,)](
         *(h_TD, weight_D, *(grads + grads[:1] * 2)[:3], other_TD, out_TD, x_TD, sums_P3D),

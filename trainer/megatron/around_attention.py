@@ -92,10 +92,14 @@ def before_gradients(
     eps: float,
     *,
     biased: bool,
+    out_TD: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Of hidden, norm, bias (None if there is none) and maps; residual_grad: of the other reader of hidden, added."""
+    """Of hidden, norm, bias (None if there is none) and maps; residual_grad: of the other reader of hidden, added. out:
+    takes that of hidden.
+    """
     grads = [mixed_grad_TX @ _joined(maps)]
-    of = norm_gradients(hidden_TD, norm_D, grads, residual_grad_TD, eps, normed=True)
+    inputs = (hidden_TD, norm_D, grads, residual_grad_TD, eps)
+    of = norm_gradients(*inputs, normed=True, out_TD=out_TD)
     joined = mixed_grad_TX.t() @ of.normed_TD
     bias_grad = _sum(mixed_grad_TX) if biased else None
     return of.hidden_TD, of.weight_D, bias_grad, *joined.split([len(of) for of in maps])
@@ -146,16 +150,17 @@ def norm_gradients(
     slotted: Sequence[Slotted] = (),
     *,
     normed: bool = False,
+    out_TD: torch.Tensor | None = None,
 ) -> OfNorm:
-    """Of x = `rms_norm` of h, from what its readers have, grads and slotted; other is added to that of h. One kernel on
-    CUDA, plain elsewhere; each result is rounded once.
+    """Of x = `rms_norm` of h, from what its readers have, grads and slotted; other is added to that of h, which is
+    written to out, if given. One kernel on CUDA, plain elsewhere; each result is rounded once.
     """
     if h_TD.is_cuda:
         from trainer.kernels import norm
 
         grads, other_TD = [grad.contiguous() for grad in grads], other_TD.contiguous()
         hidden_grad, x, sums_3D = norm.norm_gradients(
-            *(h_TD, weight_D, grads, other_TD, eps, slotted), normed=normed
+            *(h_TD, weight_D, grads, other_TD, eps, slotted), normed=normed, out_TD=out_TD
         )
         weight_grad, hidden_sum, other_sum = sums_3D.to(weight_D.dtype)
         return OfNorm(hidden_grad, weight_grad, x, hidden_sum, other_sum)
@@ -169,8 +174,9 @@ def norm_gradients(
     normal, turned = h * scale, grad * weight
     by_norm = (turned - normal * (turned * normal).mean(dim=-1, keepdim=True)) * scale
     total, dtype = by_norm + other_TD, weight_D.dtype
+    out_TD = torch.empty_like(h_TD) if out_TD is None else out_TD
     return OfNorm(
-        total.to(h_TD.dtype),
+        out_TD.copy_(total),
         (grad * normal).sum(dim=0).to(dtype),
         (normal * weight).to(h_TD.dtype) if normed else None,
         total.sum(dim=0).to(dtype),
@@ -217,9 +223,13 @@ def before(
     bias_X: torch.Tensor | None,
     maps: tuple[torch.Tensor, ...],
     eps: float,
+    unsummed: Unsummed | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`before_attention` compiled, and hidden for its other reader, the residual; tokens in one axis."""
-    return _Before.apply(hidden_TD, norm_D, bias_X, eps, *maps)
+    """`before_attention` compiled, and hidden for its other reader, the residual; tokens in one axis.
+
+    unsummed: has room for the gradient of hidden (trainer/kernels/norm.py).
+    """
+    return _Before.apply(hidden_TD, norm_D, bias_X, eps, unsummed, *maps)
 
 
 def after(
@@ -233,7 +243,8 @@ def after(
     """(residual, x, x, x): `after_attention` compiled, x for three readers; tokens in one axis.
 
     fc2_bias: of the shared expert. It is not used here, but its gradient is the sum over tokens of the residual's,
-    which is made here on the way. unsummed: in which one reader of x leaves its gradient (trainer/kernels/norm.py).
+    which is made here on the way. unsummed: has room for x, and one reader of x leaves its gradient there
+    (trainer/kernels/norm.py).
     """
     return _After.apply(hidden_TD, out_TA, fc2_bias_D, eps, unsummed, *weights)
 
@@ -257,10 +268,11 @@ class _Before(torch.autograd.Function):
         norm_D: torch.Tensor,
         bias_X: torch.Tensor | None,
         eps: float,
+        unsummed: Unsummed | None,
         *maps: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(hidden_TD, norm_D, *maps)
-        ctx.eps, ctx.biased = eps, bias_X is not None
+        ctx.eps, ctx.biased, ctx.unsummed = eps, bias_X is not None, unsummed
         mixed_TX = compiled(before_attention)(hidden_TD, norm_D, bias_X, maps, eps)
         return mixed_TX, hidden_TD.detach()
 
@@ -272,8 +284,22 @@ class _Before(torch.autograd.Function):
         hidden_grad, norm_grad, bias_grad, *map_grads = before_gradients(
             *(mixed_grad_TX, residual_grad_TD, hidden_TD, norm_D, tuple(maps), ctx.eps),
             biased=ctx.biased,
+            out_TD=None if ctx.unsummed is None else ctx.unsummed.room_for_gradient(hidden_TD),
         )
-        return hidden_grad, norm_grad, bias_grad, None, *map_grads
+        return hidden_grad, norm_grad, bias_grad, None, None, *map_grads
+
+
+def _after_attention_into(
+    x_TD: torch.Tensor,
+    hidden_TD: torch.Tensor,
+    out_TA: torch.Tensor,
+    weights: tuple[torch.Tensor, ...],
+    eps: float,
+) -> torch.Tensor:
+    """The residual of `after_attention`; its x goes where the first argument lies, and compiled there alone."""
+    residual_TD, normed_TD = after_attention(hidden_TD, out_TA, weights, eps)
+    x_TD.copy_(normed_TD)
+    return residual_TD
 
 
 class _After(torch.autograd.Function):
@@ -287,7 +313,9 @@ class _After(torch.autograd.Function):
         unsummed: Unsummed | None,
         *weights: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        residual_TD, x_TD = compiled(after_attention)(hidden_TD, out_TA, weights, eps)
+        room = torch.empty_like if unsummed is None else unsummed.room_for_x
+        x_TD = room(hidden_TD)
+        residual_TD = compiled(_after_attention_into)(x_TD, hidden_TD, out_TA, weights, eps)
         proj, _, norm = weights
         ctx.save_for_backward(out_TA, residual_TD, proj, norm)
         ctx.eps, ctx.unsummed = eps, unsummed

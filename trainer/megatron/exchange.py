@@ -17,17 +17,20 @@ Shapes: T tokens a rank, the same on all, R ranks, X = R T, K slots a token, D h
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
 
+from common.errors import EngineError
 from trainer.megatron.collectives import all_gather
 
 if TYPE_CHECKING:  # triton is on CUDA alone
     from trainer.kernels.norm import Slotted
+
+_GRADIENTS = "gradients"  # the owner of those that are gathered, of all layers: each is used up before the next
 
 
 @dataclass
@@ -47,17 +50,28 @@ class Arriving:
 
 
 class Exchange(Protocol):
-    """Between the ranks of a group. lane: exchanges of one lane go one after another, of two beside each other."""
+    """Between the ranks of a group. lane: exchanges of one lane go one after another, of two beside each other.
+
+    What is gathered may be overwritten by the next that is gathered by the same lane for the same owner.
+    """
 
     rank: int
     ranks: int
 
-    def gather(self, own_TX: torch.Tensor, lane: str = "rows", *, kept: bool = True) -> Arriving:
-        """All ranks' rows, [R T, ...] in the order of ranks; not kept: they may be overwritten by the lane's next."""
+    def gather(self, own_TX: torch.Tensor, lane: str = "rows", owner: Hashable = None) -> Arriving:
+        """All ranks' rows, [R T, ...] in the order of ranks. Own ones that lie in `place` are not copied."""
+        ...
+
+    def place(
+        self, like_TX: torch.Tensor, lane: str = "rows", owner: Hashable = None
+    ) -> torch.Tensor:
+        """Where to write what will be gathered."""
         ...
 
     def give(self, all_XD: torch.Tensor, lane: str = "rows") -> Arriving:
-        """From each rank what it has for this one's tokens: [R T, ...], or [(R - 1) T, ...] and own."""
+        """From each rank what it has for this one's tokens: [R T, ...], or [(R - 1) T, ...] and own. Rows that lie in
+        `room` are not copied.
+        """
         ...
 
     def room(self, like_XD: torch.Tensor) -> torch.Tensor:
@@ -71,11 +85,17 @@ class Collectives:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group, self.rank, self.ranks = group, group.rank(), group.size()
 
-    def gather(self, own_TX: torch.Tensor, lane: str = "rows", *, kept: bool = True) -> Arriving:
+    def gather(self, own_TX: torch.Tensor, lane: str = "rows", owner: Hashable = None) -> Arriving:
         """See Exchange."""
         own_TX = own_TX.contiguous()
         rows = own_TX.new_empty(self.ranks * len(own_TX), *own_TX.shape[1:])
         return Arriving(rows, None, all_gather(rows, own_TX, group=self._group, async_op=True).wait)
+
+    def place(
+        self, like_TX: torch.Tensor, lane: str = "rows", owner: Hashable = None
+    ) -> torch.Tensor:
+        """See Exchange."""
+        return torch.empty_like(like_TX)
 
     def give(self, all_XD: torch.Tensor, lane: str = "rows") -> Arriving:
         """See Exchange."""
@@ -100,54 +120,73 @@ def exchange_over(group: dist.ProcessGroup) -> Exchange | None:
     return Peers(group)
 
 
+class GatheredRows:
+    """Of a layer: they stay where they are until its next pass gathers others."""
+
+    latest: Crossing | None = None  # the pass that they are of
+
+
 class Crossing:
     """One pass of a layer's tokens to the experts of all ranks and back, and of its gradients.
 
-    by_slots: gradients of x are taken from here (`leave`, `take`: trainer/kernels/norm.py, Unsummed), not by autograd.
+    kept: the layer's rows, which are not copied; gradients of x are then taken from here (trainer/kernels/norm.py,
+    Unsummed), before the layer's next pass. None: rows are copied, and autograd has their gradients.
     """
 
-    def __init__(self, exchange: Exchange, *, by_slots: bool) -> None:
-        self.exchange, self.by_slots = exchange, by_slots
+    def __init__(self, exchange: Exchange, kept: GatheredRows | None = None) -> None:
+        self.exchange, self._kept = exchange, kept
         self._rows: Arriving | None = None
+        self._choices: Arriving | None = None
         self._gates: Arriving | None = None
         self._own: Slotted | None = None
 
     def gather(self, x_TD: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Send this rank's rows; what is returned waits for all ranks' [X, D]."""
-        arriving = self.exchange.gather(x_TD.detach())
-        if self.by_slots:
+        arriving = self.exchange.gather(x_TD.detach(), owner=self._kept)
+        if self._kept is not None:
+            self._kept.latest = self
             return arriving.wait
-        return lambda: _Gathered.apply(x_TD, arriving.wait(), self.exchange)
+        return lambda: _Gathered.apply(x_TD, arriving.wait().clone(), self.exchange)
 
-    def gather_choices(
+    def send_choices(self, gates_TK: torch.Tensor, experts_TK: torch.Tensor) -> None:
+        """Send this rank's, as soon as they are known. gates: fp32 or fp64, experts: integers."""
+        # One exchange for both: gates as they are, in whole words.
+        words = [gates_TK.detach().contiguous().view(torch.int32), experts_TK.to(torch.int32)]
+        both = words[0].new_empty(len(words[0]), sum(of.shape[1] for of in words))
+        own = torch.cat(words, dim=1, out=self.exchange.place(both, "choices"))
+        self._choices = self.exchange.gather(own, "choices")
+
+    def gathered_choices(
         self, gates_TK: torch.Tensor, experts_TK: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gates and experts of all ranks' tokens, [X, K] each. gates: fp32 or fp64, experts: integers."""
-        return _GatheredChoices.apply(gates_TK, experts_TK, self)
+        """Gates and experts of all ranks' tokens, [X, K] each, of which this rank's were sent."""
+        arriving, self._choices = self._choices, None
+        assert arriving is not None, "no choices were sent in this pass"
+        return _GatheredChoices.apply(gates_TK, experts_TK, arriving.wait(), self)
+
+    def room_for_x(self, like_TD: torch.Tensor) -> torch.Tensor:
+        """See Unsummed: what is written there is gathered from there."""
+        return self.exchange.place(like_TD, owner=self._kept)
+
+    def room_for_gradient(self, like_TD: torch.Tensor) -> torch.Tensor:
+        """See Unsummed: the layer before gathers it from there."""
+        return self.exchange.place(like_TD, owner=_GRADIENTS)
 
     def send(
         self, rows_ND: torch.Tensor, place_XK: torch.Tensor, held_1: torch.Tensor | None
     ) -> torch.Tensor:
-        """[X, D]: sums over each token's slots here (dispatch.sum_slots), those of other ranks' tokens sent at once."""
+        """[X, D]: sums over each token's slots here (dispatch.sum_slots) for other ranks, on their way. Those of this
+        rank's own tokens are not in it: `give_back` and `take` have them by slots.
+        """
         from trainer.kernels.dispatch import sum_slots
-
-        sums_XD = self._send_others(rows_ND, place_XK, held_1)
-        sum_slots(rows_ND, self._own_part(place_XK), held_1=held_1, out_TD=self._own_part(sums_XD))
-        return sums_XD
-
-    def _own_part(self, of_XD: torch.Tensor) -> torch.Tensor:
-        """Of this rank's tokens."""
-        return of_XD.chunk(self.exchange.ranks)[self.exchange.rank]
-
-    def _send_others(
-        self, rows_ND: torch.Tensor, place_XK: torch.Tensor, held_1: torch.Tensor | None
-    ) -> torch.Tensor:
-        from trainer.kernels.dispatch import sum_slots
+        from trainer.kernels.norm import Slotted
 
         sums_XD, ranks = self.exchange.room(rows_ND[: len(place_XK)]), self.exchange.ranks
         parts = zip(place_XK.chunk(ranks), sums_XD.chunk(ranks), strict=True)
         for rank, (place, out) in enumerate(parts):
-            if rank != self.exchange.rank:
+            if rank == self.exchange.rank:
+                self._own = Slotted(rows_ND, place, held_1)
+            else:
                 sum_slots(rows_ND, place, held_1=held_1, out_TD=out)
         self._rows = self.exchange.give(sums_XD)
         return sums_XD
@@ -161,7 +200,8 @@ class Crossing:
         """
         sums_XD = _Awaited.apply(sums_XD, self)
         arriving, self._rows = self._rows or self.exchange.give(sums_XD.detach()), None
-        return _GivenBack.apply(sums_XD, arriving, self, *bases())
+        own, self._own = self._own, None
+        return _GivenBack.apply(sums_XD, arriving, own, self, *bases())
 
     def await_gradients(self) -> None:
         """Of the sums given back."""
@@ -169,7 +209,12 @@ class Crossing:
 
     def send_gradients(self, grad_TD: torch.Tensor) -> torch.Tensor:
         """Of this rank's tokens to all ranks: [X, D], to be waited for (`await_gradients`)."""
-        self._rows = self.exchange.gather(grad_TD.contiguous(), kept=False)
+        if self._kept is not None and self._kept.latest is not self:
+            raise EngineError(
+                "gradients of an expert-parallel layer that has run again since: its gathered rows are overwritten",
+                remedy="finish the backward pass of a micro-batch before the next forward pass",
+            )
+        self._rows = self.exchange.gather(grad_TD.contiguous(), owner=_GRADIENTS)
         return self._rows.rows
 
     def leave(
@@ -180,11 +225,8 @@ class Crossing:
         held_1: torch.Tensor | None,
     ) -> None:
         """See Unsummed: both gradients are on their way from here."""
-        from trainer.kernels.norm import Slotted
-
         self._gates = self.exchange.give(gates_grad_XK, "choices")
-        self._send_others(rows_ND, place_XK, held_1)
-        self._own = Slotted(rows_ND, self._own_part(place_XK), held_1)
+        self.send(rows_ND, place_XK, held_1)
 
     def take(self) -> list[Slotted]:
         """See Unsummed: this rank's by slots, the others' summed by rank."""
@@ -225,13 +267,14 @@ class _Gathered(torch.autograd.Function):
 class _GatheredChoices(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, gates_TK: torch.Tensor, experts_TK: torch.Tensor, crossing: Crossing
+        ctx: Any,
+        gates_TK: torch.Tensor,
+        experts_TK: torch.Tensor,
+        words_XW: torch.Tensor,
+        crossing: Crossing,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.crossing = crossing
-        # One exchange for both: gates as they are, in whole words.
-        words = [gates_TK.contiguous().view(torch.int32), experts_TK.to(torch.int32)]
-        sent = crossing.exchange.gather(torch.cat(words, dim=1), "choices", kept=False)
-        gates, experts = sent.wait().split([of.shape[1] for of in words], dim=1)
+        ctx.crossing, topk = crossing, experts_TK.shape[1]
+        gates, experts = words_XW.split([words_XW.shape[1] - topk, topk], dim=1)
         gates_XK = gates.contiguous().view(gates_TK.dtype)
         experts_XK = experts.to(experts_TK.dtype).contiguous()
         ctx.mark_non_differentiable(experts_XK)
@@ -239,7 +282,7 @@ class _GatheredChoices(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gates_grad_XK: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
-        return ctx.crossing.gates_gradient(gates_grad_XK), None, None
+        return ctx.crossing.gates_gradient(gates_grad_XK), None, None, None
 
 
 class _Awaited(torch.autograd.Function):
@@ -262,16 +305,19 @@ class _GivenBack(torch.autograd.Function):
         ctx: Any,
         _sums_XD: torch.Tensor,
         arriving: Arriving,
+        own: Slotted | None,
         crossing: Crossing,
         *bases_TD: torch.Tensor,
     ) -> torch.Tensor:
         ctx.crossing, ctx.num_bases = crossing, len(bases_TD)
         arriving.wait()
-        return _sum(arriving, crossing.exchange, *bases_TD)
+        if own is None:
+            return _sum(arriving, crossing.exchange, *bases_TD)
+        return _sum_with_slots(arriving, crossing.exchange, own, *bases_TD)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return ctx.crossing.send_gradients(grad_TD), None, None, *[grad_TD] * ctx.num_bases
+        return ctx.crossing.send_gradients(grad_TD), None, None, None, *[grad_TD] * ctx.num_bases
 
 
 def _sum(arrived: Arriving, exchange: Exchange, *bases_TD: torch.Tensor) -> torch.Tensor:
@@ -286,6 +332,17 @@ def _sum(arrived: Arriving, exchange: Exchange, *bases_TD: torch.Tensor) -> torc
     ranks = _ranks_among(arrived, exchange)
     total = rows_YD.unflatten(0, (ranks, -1)).sum(dim=0, dtype=wide)
     return sum(bases, start=total).to(rows_YD.dtype)
+
+
+def _sum_with_slots(
+    arrived: Arriving, exchange: Exchange, own: Slotted, *bases_TD: torch.Tensor
+) -> torch.Tensor:
+    """As `_sum`, this rank's own part by slots."""
+    from trainer.kernels.dispatch import sum_slots
+
+    assert arrived.own_TD is not None, "own rows have arrived too"
+    more = (arrived.rows, _places(arrived, exchange))
+    return sum_slots(own.rows_ND, own.place_TK, bases_TD, held_1=own.held_1, more=more)
 
 
 def _ranks_among(arrived: Arriving, exchange: Exchange) -> int:

@@ -129,14 +129,15 @@ def fused_half(
 ) -> Halfway:
     """`attention_half` on CUDA in bf16: compiled functions before and after attention, two kernels between them.
 
-    unsummed: see around_attention.after.
+    unsummed: see around_attention, `before` and `after`.
     """
     from trainer.kernels.attention import attention
     from trainer.kernels.qkv import qkv
 
     (S, B, D), tpa = hidden_SBD.shape, shape.q_rank > 0
     maps, bias = projection(weights, shape)
-    mixed_TX, hidden_TD = before(hidden_SBD.flatten(0, 1), weights["norm1"], bias, maps, shape.eps)
+    of = (weights["norm1"], bias, maps, shape.eps, unsummed)
+    mixed_TX, hidden_TD = before(hidden_SBD.flatten(0, 1), *of)
     heads = qkv(
         mixed_TX,
         weights["qkv_bias"] if tpa else None,

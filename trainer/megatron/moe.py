@@ -26,7 +26,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from trainer.megatron.exchange import Crossing, Exchange, exchange_over
+from trainer.megatron.exchange import Crossing, Exchange, GatheredRows, exchange_over
 from trainer.megatron.experts import Compute, RoutedExperts, SharedExpert
 from trainer.megatron.router import StudentRouter
 
@@ -54,7 +54,7 @@ class StudentMoE(MegatronModule):
     ) -> None:
         super().__init__(config)
         groups = get_default_pg_collection()
-        self._exchange = exchange or exchange_over(groups.ep)
+        self._exchange, self._gathered = exchange or exchange_over(groups.ep), GatheredRows()
         num_local = config.num_moe_experts // groups.ep.size()
         self.router = StudentRouter(config=config, pg_collection=groups, compute=compute)
         self.experts = RoutedExperts(num_local, config, compute=compute, pg_collection=groups)
@@ -78,7 +78,7 @@ class StudentMoE(MegatronModule):
         if self.experts.compute != "triton":
             return None
         if self._exchange is not None:
-            return Crossing(self._exchange, by_slots=True)
+            return Crossing(self._exchange, self._gathered)
         from trainer.kernels.norm import Unsummed
 
         return Unsummed()
@@ -109,9 +109,10 @@ class StudentMoE(MegatronModule):
             slots = self.experts.sort(experts_TK)
             out_TD = self.experts(x_TD, gates_TK, slots, *added, unsummed=unsummed)
             return out_TD.view_as(x_SBD)
-        crossing = unsummed or Crossing(self._exchange, by_slots=False)
+        crossing = unsummed or Crossing(self._exchange)
         gathered = crossing.gather(x_TD)  # on its way while experts are chosen
-        gates_XK, experts_XK = crossing.gather_choices(*self.router(router_x, padding_SB))
+        choices = self.router(router_x, padding_SB, crossing.send_choices)
+        gates_XK, experts_XK = crossing.gathered_choices(*choices)
         slots = self.experts.sort(experts_XK)
         sums_XD = self.experts(
             *(gathered(), gates_XK, slots), unsummed=unsummed, send=crossing.send

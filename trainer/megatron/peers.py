@@ -1,19 +1,20 @@
 """Exchanges between GPUs of one host by reading each other's memory: copies that hold no multiprocessor.
 
-A rank lays its rows down in a buffer that its peers have mapped (torch's symmetric memory), all wait for each other
-(one small kernel), and each copies what is its own, by the copy engines. Two H200: 67 MB in 0.19 ms, 350 GB/s, where
-NCCL's all-gather takes 0.29 and its programs hold multiprocessors (benchmarks/results/two_gpus.json). All of it is
-recorded in CUDA graphs like any kernel.
+A rank's rows lie in a buffer that its peers have mapped (torch's symmetric memory), written there by the kernels that
+make them; all wait for each other (one small kernel), and each copies what is its own, by the copy engines. Two H200:
+67 MB in 0.19 ms, 350 GB/s, where NCCL's all-gather takes 0.29 and its programs hold multiprocessors
+(benchmarks/results/two_gpus.json). All of it is recorded in CUDA graphs like any kernel.
 
 Lanes are streams of their own. An exchange waits for its peers to lay down, not for them to have read: a buffer may be
 written again since, between two uses, every rank waits for another exchange that its peers begin after reading. In the
 lane of rows gathers and gifts alternate in both passes; a layer's choices lie between its two exchanges of rows.
+The rows a layer gathers stay where they are until its next pass, so each layer has memory of its own for them.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,11 +23,12 @@ import torch.distributed as dist
 from common.errors import EngineError
 from trainer.megatron.exchange import Arriving
 
-_LANES = {"rows": -1, "choices": -1, "own rows": 0}  # and their streams' priorities
+_LANES = ("rows", "choices")
+_AHEAD = -1  # priority of their streams
 # Bytes up to which a kernel reads a peer's: a copy engine takes one copy after another, and behind 67 MB the 1 MB of
 # choices waited 0.15 ms.
 _SMALL = 2**22
-_LEAST = 2**16  # bytes of a buffer; sizes are powers of two, so that rows of many lengths make few
+_STEPS = 8  # sizes of buffers to a power of two, so that rows of many lengths make few
 
 
 class Peers:
@@ -38,38 +40,36 @@ class Peers:
         self._group, self.rank, self.ranks = group, group.rank(), group.size()
         # Ahead of what else is ready: barriers began 45 us late behind products that hold all multiprocessors, 100
         # behind `outer` (seen in a trace). Graphs keep priorities (torch's CUDAGraph: UseNodePriority).
-        self._streams = {
-            lane: torch.cuda.Stream(priority=priority) for lane, priority in _LANES.items()
-        }
-        self._buffers: dict[tuple[str, int], _Buffer] = {}
+        self._streams = {lane: torch.cuda.Stream(priority=_AHEAD) for lane in _LANES}
+        self._buffers: dict[Hashable, list[_Buffer]] = {}  # the last of each is in use
 
-    def gather(self, own_TX: torch.Tensor, lane: str = "rows", *, kept: bool = True) -> Arriving:
+    def gather(self, own_TX: torch.Tensor, lane: str = "rows", owner: Hashable = None) -> Arriving:
         """See Exchange."""
-        of_all = (self.ranks, *own_TX.shape), own_TX.dtype
-        buffer = self._buffer(f"gathered {lane}", self.ranks * own_TX.nbytes)
-        laid_RTX = buffer.of(self.rank, *of_all)
-        rows_RTX = own_TX.new_empty(of_all[0]) if kept else laid_RTX
+        buffer, *of_all = self._gathered(own_TX, lane, owner)
+        rows_RTX = buffer.of(self.rank, *of_all)
         with self._beside(lane) as ready:
-            laid_RTX[self.rank].copy_(own_TX)
+            _lay(rows_RTX[self.rank], own_TX)
             buffer.barrier()
             for peer in self._others():
                 _copy(rows_RTX[peer], buffer.of(peer, *of_all)[peer])
-        rows = rows_RTX.flatten(0, 1)
-        if not kept:
-            return Arriving(rows, None, ready, held=own_TX)
-        with self._beside("own rows") as own_ready:
-            rows_RTX[self.rank].copy_(own_TX)
-        return Arriving(rows, None, lambda: (ready(), own_ready()), held=own_TX)
+        return Arriving(rows_RTX.flatten(0, 1), None, ready, held=own_TX)
+
+    def place(
+        self, like_TX: torch.Tensor, lane: str = "rows", owner: Hashable = None
+    ) -> torch.Tensor:
+        """See Exchange."""
+        buffer, *_ = self._gathered(like_TX, lane, owner)
+        start = self.rank * like_TX.numel()
+        return buffer.of(self.rank, like_TX.shape, like_TX.dtype, start)
 
     def give(self, all_XD: torch.Tensor, lane: str = "rows") -> Arriving:
-        """See Exchange; own rows are left where they lie. Rows that lie in `room` are not copied."""
+        """See Exchange; own rows are left where they lie."""
         all_RTD = all_XD.unflatten(0, (self.ranks, len(all_XD) // self.ranks))
-        buffer, of_all = self._buffer(f"given {lane}", all_XD.nbytes), (all_RTD.shape, all_XD.dtype)
+        buffer, of_all = self._buffer(("given", lane), all_XD.nbytes), (all_RTD.shape, all_XD.dtype)
         laid_RTD = buffer.of(self.rank, *of_all)
         rows_PTD = all_RTD.new_empty(self.ranks - 1, *all_RTD.shape[1:])
         with self._beside(lane) as ready:
-            if laid_RTD.data_ptr() != all_XD.data_ptr():
-                laid_RTD.copy_(all_RTD)
+            _lay(laid_RTD, all_RTD)
             buffer.barrier()
             for peer in self._others():
                 place = peer - (peer > self.rank)
@@ -78,8 +78,15 @@ class Peers:
 
     def room(self, like_XD: torch.Tensor) -> torch.Tensor:
         """See Exchange."""
-        buffer = self._buffer("given rows", like_XD.nbytes)
+        buffer = self._buffer(("given", "rows"), like_XD.nbytes)
         return buffer.of(self.rank, like_XD.shape, like_XD.dtype)
+
+    def _gathered(
+        self, own_TX: torch.Tensor, lane: str, owner: Hashable
+    ) -> tuple[_Buffer, tuple[int, ...], torch.dtype]:
+        """The buffer of what is gathered, with the shape [R, T, ...] and dtype of what lies there."""
+        buffer = self._buffer(("gathered", lane, owner), self.ranks * own_TX.nbytes)
+        return buffer, (self.ranks, *own_TX.shape), own_TX.dtype
 
     def _others(self) -> list[int]:
         """The peers, the next one first: no GPU is read by all at once."""
@@ -88,21 +95,32 @@ class Peers:
     @contextlib.contextmanager
     def _beside(self, lane: str) -> Iterator[Any]:
         """Queue on a lane what runs beside the current stream, after what is queued there; gives what waits for it."""
-        stream, main = self._streams[lane], torch.cuda.current_stream()
-        done = torch.cuda.Event()
-        stream.wait_stream(main)
+        stream, done = self._streams[lane], torch.cuda.Event()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             yield lambda: torch.cuda.current_stream().wait_event(done)
             done.record()
 
-    def _buffer(self, use: str, num_bytes: int) -> _Buffer:
+    def _buffer(self, use: Hashable, num_bytes: int) -> _Buffer:
         """Of at least these bytes. Every rank of the group asks for the same ones in the same order, and none is ever
         freed, as recorded passes have their addresses.
         """
-        size = max(_LEAST, 1 << (num_bytes - 1).bit_length())
-        if (use, size) not in self._buffers:
-            self._buffers[use, size] = _Buffer(size, self._group)
-        return self._buffers[use, size]
+        made = self._buffers.setdefault(use, [])
+        if not made or made[-1].size < num_bytes:
+            made.append(_Buffer(_rounded(num_bytes), self._group))
+        return made[-1]
+
+
+def _rounded(num_bytes: int) -> int:
+    """Up to an eighth of the power of two below, at least 512."""
+    step = max(512, 2 ** (max(num_bytes, 1).bit_length() - 1) // _STEPS)
+    return max(1, -(-num_bytes // step)) * step
+
+
+def _lay(place: torch.Tensor, rows: torch.Tensor) -> None:
+    """Copy rows to their place unless they lie there."""
+    if place.data_ptr() != rows.data_ptr():
+        place.copy_(rows)
 
 
 def _copy(rows: torch.Tensor, of_peer: torch.Tensor) -> None:
@@ -120,6 +138,7 @@ class _Buffer:
     def __init__(self, size: int, group: dist.ProcessGroup) -> None:
         import torch.distributed._symmetric_memory as symmetric_memory
 
+        self.size = size
         device = torch.device("cuda", torch.cuda.current_device())
         try:
             self._own = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
@@ -133,9 +152,11 @@ class _Buffer:
                 "and parallel.distributed_optimizer=true",
             ) from error
 
-    def of(self, rank: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """A rank's bytes."""
-        return self._handle.get_buffer(rank, shape, dtype)
+    def of(
+        self, rank: int, shape: Sequence[int], dtype: torch.dtype, start: int = 0
+    ) -> torch.Tensor:
+        """A rank's memory, from its element `start` on."""
+        return self._handle.get_buffer(rank, shape, dtype, start)
 
     def barrier(self) -> None:
         """Queued: what follows finds what every rank wrote before its own."""

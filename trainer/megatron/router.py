@@ -16,6 +16,7 @@ Shapes: T = S * B tokens in the order of hidden states, E experts, K of them a t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,9 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from trainer.megatron.compiled import compiled
 from trainer.megatron.experts import Compute
+
+# Is told gates and experts before the statistics are made of them.
+Chosen = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 class Routing(NamedTuple):
@@ -59,24 +63,30 @@ class StudentRouter(TopKRouter):
         return taken
 
     def forward(
-        self, hidden_SBD: torch.Tensor, padding_SB: torch.Tensor | None = None
+        self,
+        hidden_SBD: torch.Tensor,
+        padding_SB: torch.Tensor | None = None,
+        chosen: Chosen | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Gates [T, K] (fp32, or fp64 of fp64 states) and experts [T, K]; padding is routed like any token."""
         self._maintain_float32_expert_bias()
         if self.compute == "triton":
-            return self._counted(self._by_kernel(hidden_SBD, padding_SB))
+            return self._counted(self._by_kernel(hidden_SBD, padding_SB), chosen)
         logits_SBE = _RouterProduct.apply(hidden_SBD, self.weight, self.bias)
-        return self.routing(logits_SBE, padding_SB)
+        return self.routing(logits_SBE, padding_SB, chosen)
 
     def routing(
-        self, logits_SBE: torch.Tensor, padding_SB: torch.Tensor | None = None
+        self,
+        logits_SBE: torch.Tensor,
+        padding_SB: torch.Tensor | None = None,
+        chosen: Chosen | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Gates and experts of the logits; under gradients the tokens are counted and the balance loss attached."""
         counted_T = None if padding_SB is None else ~padding_SB.flatten()
         routing = route(
             logits_SBE.flatten(0, 1), self.expert_bias, counted_T, **self._rules(logits_SBE)
         )
-        return self._counted(routing)
+        return self._counted(routing, chosen)
 
     def _by_kernel(self, hidden_SBD: torch.Tensor, padding_SB: torch.Tensor | None) -> Routing:
         from trainer.kernels.routing import routed
@@ -95,8 +105,12 @@ class StudentRouter(TopKRouter):
             "scaling": config.moe_router_topk_scaling_factor,
         }
 
-    def _counted(self, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
+    def _counted(
+        self, routing: Routing, chosen: Chosen | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         gates_TK = routing.gates_TK
+        if chosen is not None:
+            chosen(gates_TK, routing.experts_TK)
         if torch.is_grad_enabled():
             # Neither evaluation nor the first pass of recomputation counts.
             self.local_tokens_per_expert += routing.counts_E

@@ -92,6 +92,36 @@ def test_residual_and_shared_expert_go_into_one_sum() -> None:
         (2 * shared + residual).sum().backward()
 
 
+class _Rooms:
+    """In place of trainer/kernels/norm.py's Unsummed, which needs triton."""
+
+    def __init__(self) -> None:
+        self.x, self.gradient = torch.zeros(2, T, D, dtype=torch.float64).unbind(0)
+
+    def room_for_x(self, like_TD: torch.Tensor) -> torch.Tensor:
+        assert like_TD.shape == self.x.shape
+        return self.x
+
+    def room_for_gradient(self, like_TD: torch.Tensor) -> torch.Tensor:
+        assert like_TD.shape == self.gradient.shape
+        return self.gradient
+
+
+def test_x_and_the_gradient_of_hidden_are_written_where_there_is_room() -> None:
+    make, rooms = torch.Generator().manual_seed(7), _Rooms()
+    leaves = [_draw(make, T, D), _draw(make, T, A), *_weights(make)]
+    _, *readers = after(*leaves[:2], tuple(leaves[2:5]), leaves[-1], EPS, rooms)
+    assert [x.data_ptr() for x in readers] == [rooms.x.data_ptr()] * 3
+    torch.testing.assert_close(readers[0], _plain(leaves)[1])
+    hidden, norm, map_XD = _draw(make, T, D), _draw(make, D), _draw(make, 9, D)
+    mixed, _ = before(hidden, norm, None, (map_XD,), EPS, rooms)
+    plain = before_attention(hidden, norm, None, (map_XD,), EPS)
+    grad = _draw(make, T, 9).detach()
+    got, want = (torch.autograd.grad(out, hidden, grad)[0] for out in (mixed, plain))
+    assert got.data_ptr() == rooms.gradient.data_ptr()
+    torch.testing.assert_close(got, want)
+
+
 def test_gradients_in_bf16_are_rounded_once_where_they_leave() -> None:
     """Sums over tokens and of readers are made in fp32: as near to fp64 as bf16 products allow."""
     make = torch.Generator().manual_seed(5)

@@ -89,6 +89,20 @@ def test_shared_expert_runs_while_rows_are_on_their_way(passes, own) -> None:
     ]
 
 
+def test_gradients_of_rows_that_were_overwritten_are_refused() -> None:
+    from common.errors import EngineError
+    from trainer.megatron.exchange import Crossing, GatheredRows
+
+    kept, exchange = GatheredRows(), Alone(own=True)
+    first, second = Crossing(exchange, kept), Crossing(exchange, kept)
+    first.gather(torch.zeros(T, D))
+    first.send_gradients(torch.zeros(T, D))
+    second.gather(torch.zeros(T, D))
+    with pytest.raises(EngineError, match="run again since"):
+        first.send_gradients(torch.zeros(T, D))
+    second.send_gradients(torch.zeros(T, D))
+
+
 def test_gpus_that_do_not_reach_each_other_are_refused_with_a_remedy(monkeypatch) -> None:
     import torch.distributed._symmetric_memory as symmetric_memory
 

@@ -26,8 +26,9 @@ class _Memory:
             made = [torch.zeros(num_bytes, dtype=torch.uint8) for _ in range(self._ranks)]
             parts = self._parts.setdefault((use, num_bytes), made)
 
-        def of(rank: int, shape: Any, dtype: torch.dtype) -> torch.Tensor:
-            return parts[rank].view(dtype).view(shape)
+        def of(rank: int, shape: Any, dtype: torch.dtype, start: int = 0) -> torch.Tensor:
+            words = parts[rank].view(dtype)[start:]
+            return words[: torch.Size(shape).numel()].view(shape)
 
         return SimpleNamespace(of=of, barrier=self._met.wait)
 
@@ -43,13 +44,48 @@ def _peers(rank: int, ranks: int, memory: _Memory, monkeypatch) -> Any:
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-@pytest.mark.parametrize("kept", [True, False])
-def test_every_rank_gets_what_all_have(ranks, kept, monkeypatch) -> None:
+@pytest.mark.parametrize("in_place", [True, False])
+def test_every_rank_gets_what_all_have(ranks, in_place, monkeypatch) -> None:
     memory, rows_RTD = _Memory(ranks), torch.arange(ranks * T * D).view(ranks, T, D).float()
     peers = [_peers(rank, ranks, memory, monkeypatch) for rank in range(ranks)]
+
+    def gather(of: Any) -> torch.Tensor:
+        own = rows_RTD[of.rank]
+        return of.gather(of.place(own).copy_(own) if in_place else own).wait()
+
     with ThreadPoolExecutor(ranks) as pool:
-        got = list(pool.map(lambda of: of.gather(rows_RTD[of.rank], kept=kept).wait(), peers))
+        got = list(pool.map(gather, peers))
     assert all(torch.equal(rows, rows_RTD.flatten(0, 1)) for rows in got)
+
+
+def test_rows_stay_until_their_owner_gathers_others(monkeypatch) -> None:
+    memory, rows_RTD = _Memory(2), torch.arange(2 * T * D).view(2, T, D).float()
+    peers = [_peers(rank, 2, memory, monkeypatch) for rank in range(2)]
+
+    def gather(of: Any) -> list[torch.Tensor]:
+        own = rows_RTD[of.rank]
+        first, second = of.gather(own, owner="first").wait(), of.gather(-own, owner="second").wait()
+        kept = first.clone(), second.clone()
+        return [*kept, of.gather(2 * own, owner="first").wait(), second, first]
+
+    all_XD = rows_RTD.flatten(0, 1)
+    with ThreadPoolExecutor(2) as pool:
+        for got in pool.map(gather, peers):
+            wants = (all_XD, -all_XD, 2 * all_XD, -all_XD, 2 * all_XD)
+            assert all(torch.equal(rows, want) for rows, want in zip(got, wants, strict=True))
+
+
+def test_a_buffer_serves_all_that_fit_and_grows_by_eighths(monkeypatch) -> None:
+    from trainer.megatron import peers
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda **_: None)
+    monkeypatch.setattr(peers, "_Buffer", lambda size, _group: SimpleNamespace(size=size))
+    of = peers.Peers(SimpleNamespace(rank=lambda: 0, size=lambda: 2))
+    sizes = [of._buffer("rows", n).size for n in (2**20 + 1, 2**20, 5, 2**21, 0)]
+    assert sizes == [2**20 + 2**17] * 3 + [2**21] * 2
+    assert of._buffer("choices", 0).size == 512
+    waste = [peers._rounded(n) / n for n in range(4096, 70_000, 97)]
+    assert min(waste) >= 1 and max(waste) <= 1.125
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
