@@ -33,10 +33,11 @@ class Alone:
         self.placed[lane, owner] = torch.empty_like(like_TX)
         return self.placed[lane, owner]
 
-    def give(self, all_XD: torch.Tensor, lane: str = "rows") -> Any:
+    def give(self, all_XD: torch.Tensor, lane: str = "rows", into_YD: Any = None) -> Any:
         """See trainer/megatron/exchange.py; a rank's own rows may be written after it was called."""
         own, other = all_XD.chunk(2)
-        nothing = torch.zeros_like(other)
+        assert self._own or into_YD is None
+        nothing = torch.zeros_like(other) if into_YD is None else into_YD.zero_()
         rows = nothing if self._own else torch.cat([own, nothing])
         return self._arriving(f"give {lane}", rows, own if self._own else None)
 

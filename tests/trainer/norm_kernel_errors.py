@@ -82,7 +82,7 @@ def layer_gradients(
     from trainer.kernels.norm import Unsummed
     from trainer.kernels.routing import routed
     from trainer.megatron.around_attention import after, shared_expert
-    from trainer.megatron.exchange import Crossing, GatheredRows
+    from trainer.megatron.crossing import Crossing, GatheredRows
 
     T, D, W, E, F = sizes
     make = torch.Generator(device).manual_seed(T)

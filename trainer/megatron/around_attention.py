@@ -10,7 +10,7 @@ each reader, and one kernel (trainer/kernels/norm.py) adds up what its readers h
 makes all sums over tokens on the way. Likewise residual and shared expert leave apart: the kernel that sums over
 experts adds both.
 
-The shared expert stands apart from `after` so that it can run, both ways, while rows are between ranks (exchange.py).
+The shared expert stands apart from `after` so that it can run, both ways, while rows are between ranks (crossing.py).
 
 Kept for the backward pass: the layer's input, attention's output, the residual, its norm (which the experts keep too)
 and the inner states before their activation.

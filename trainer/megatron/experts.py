@@ -29,7 +29,7 @@ from trainer.megatron.dispatch import Slots, gather_gates, gather_rows, sort_slo
 if TYPE_CHECKING:  # triton is on CUDA alone
     from trainer.kernels.experts import Send
     from trainer.kernels.norm import Unsummed
-    from trainer.megatron.exchange import Crossing
+    from trainer.megatron.crossing import Crossing
 
 Compute = Literal["triton", "loop"]
 

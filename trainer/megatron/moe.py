@@ -26,7 +26,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from trainer.megatron.exchange import Crossing, Exchange, GatheredRows, exchange_over
+from trainer.megatron.crossing import Crossing, GatheredRows
+from trainer.megatron.exchange import Exchange, exchange_over
 from trainer.megatron.experts import Compute, RoutedExperts, SharedExpert
 from trainer.megatron.router import StudentRouter
 

@@ -62,19 +62,24 @@ class Peers:
         start = self.rank * like_TX.numel()
         return buffer.of(self.rank, like_TX.shape, like_TX.dtype, start)
 
-    def give(self, all_XD: torch.Tensor, lane: str = "rows") -> Arriving:
+    def give(
+        self, all_XD: torch.Tensor, lane: str = "rows", into_YD: torch.Tensor | None = None
+    ) -> Arriving:
         """See Exchange; own rows are left where they lie."""
         all_RTD = all_XD.unflatten(0, (self.ranks, len(all_XD) // self.ranks))
-        buffer, of_all = self._buffer(("given", lane), all_XD.nbytes), (all_RTD.shape, all_XD.dtype)
+        buffer = self._buffer(("given", lane), all_XD.nbytes)
+        # In its room, a part of what is given lies behind those before it, on every rank alike.
+        of_all = (all_RTD.shape, all_XD.dtype, buffer.start_of(all_XD))
         laid_RTD = buffer.of(self.rank, *of_all)
-        rows_PTD = all_RTD.new_empty(self.ranks - 1, *all_RTD.shape[1:])
+        rows_YD = torch.empty_like(all_RTD[1:].flatten(0, 1)) if into_YD is None else into_YD
+        rows_PTD = rows_YD.unflatten(0, (self.ranks - 1, all_RTD.shape[1]))
         with self._beside(lane) as ready:
             _lay(laid_RTD, all_RTD)
             buffer.barrier()
             for peer in self._others():
                 place = peer - (peer > self.rank)
                 _copy(rows_PTD[place], buffer.of(peer, *of_all)[self.rank])
-        return Arriving(rows_PTD.flatten(0, 1), laid_RTD[self.rank], ready, held=all_XD)
+        return Arriving(rows_YD, laid_RTD[self.rank], ready, held=all_XD)
 
     def room(self, like_XD: torch.Tensor) -> torch.Tensor:
         """See Exchange."""
@@ -157,6 +162,11 @@ class _Buffer:
     ) -> torch.Tensor:
         """A rank's memory, from its element `start` on."""
         return self._handle.get_buffer(rank, shape, dtype, start)
+
+    def start_of(self, rows: torch.Tensor) -> int:
+        """Where rows lie in this rank's own memory, in elements; 0 of what lies elsewhere."""
+        start = rows.data_ptr() - self._own.data_ptr()
+        return start // rows.element_size() if 0 <= start < self.size else 0
 
     def barrier(self) -> None:
         """Queued: what follows finds what every rank wrote before its own."""

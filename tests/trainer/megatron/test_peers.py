@@ -23,14 +23,21 @@ class _Memory:
 
     def buffer(self, use: str, num_bytes: int) -> Any:
         with self._lock:
-            made = [torch.zeros(num_bytes, dtype=torch.uint8) for _ in range(self._ranks)]
-            parts = self._parts.setdefault((use, num_bytes), made)
+            parts = self._parts.get(use, [])
+            if not parts or parts[0].nbytes < num_bytes:
+                parts = [torch.zeros(num_bytes, dtype=torch.uint8) for _ in range(self._ranks)]
+                self._parts[use] = parts
 
         def of(rank: int, shape: Any, dtype: torch.dtype, start: int = 0) -> torch.Tensor:
             words = parts[rank].view(dtype)[start:]
             return words[: torch.Size(shape).numel()].view(shape)
 
-        return SimpleNamespace(of=of, barrier=self._met.wait)
+        def start_of(rows: torch.Tensor) -> int:
+            starts = [rows.data_ptr() - part.data_ptr() for part in parts]
+            inside = [start for start in starts if 0 <= start < parts[0].nbytes]
+            return inside[0] // rows.element_size() if inside else 0
+
+        return SimpleNamespace(of=of, start_of=start_of, barrier=self._met.wait)
 
 
 def _peers(rank: int, ranks: int, memory: _Memory, monkeypatch) -> Any:
@@ -105,3 +112,43 @@ def test_every_rank_gets_what_others_have_for_it(ranks, in_room, monkeypatch) ->
     for rank, (rows, own) in enumerate(got):
         others = [given_RRTD[other, rank] for other in range(ranks) if other != rank]
         assert torch.equal(rows, torch.cat(others)) and torch.equal(own, given_RRTD[rank, rank])
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_what_others_have_arrives_in_parts_where_it_is_wanted(ranks, monkeypatch) -> None:
+    memory, given = _Memory(ranks), torch.arange(ranks * ranks * T * D).float()
+    given_RRTD, spans = given.view(ranks, ranks, T, D), [(0, 3), (3, T)]
+    peers = [_peers(rank, ranks, memory, monkeypatch) for rank in range(ranks)]
+
+    def give(of: Any) -> list[torch.Tensor]:
+        room, into_YD = of.room(given_RRTD[of.rank].flatten(0, 1)), torch.zeros((ranks - 1) * T, D)
+        for start, end in spans:
+            part = room[ranks * start : ranks * end]
+            part.copy_(given_RRTD[of.rank, :, start:end].flatten(0, 1))
+            into = into_YD[(ranks - 1) * start : (ranks - 1) * end]
+            arriving = of.give(part, into_YD=into)
+            assert arriving.wait().data_ptr() == into.data_ptr()
+            assert torch.equal(arriving.own_TD, given_RRTD[of.rank, of.rank, start:end])
+        return [into_YD[(ranks - 1) * start : (ranks - 1) * end] for start, end in spans]
+
+    with ThreadPoolExecutor(ranks) as pool:
+        for rank, parts in enumerate(pool.map(give, peers)):
+            others = [other for other in range(ranks) if other != rank]
+            for got, (start, end) in zip(parts, spans, strict=True):
+                assert torch.equal(got, given_RRTD[others, rank, start:end].flatten(0, 1))
+
+
+def test_gpus_that_do_not_reach_each_other_are_refused_with_a_remedy(monkeypatch) -> None:
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    from common.errors import EngineError
+    from trainer.megatron.peers import _Buffer
+
+    def refuse(*_, **__):
+        raise RuntimeError("CUDA driver error: peer access is not supported\nat somewhere")
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(symmetric_memory, "empty", refuse)
+    with pytest.raises(EngineError, match="peer access is not supported") as raised:
+        _Buffer(1024, None)
+    assert "parallel.distributed_optimizer=true" in str(raised.value)

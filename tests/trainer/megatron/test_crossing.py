@@ -89,9 +89,22 @@ def test_shared_expert_runs_while_rows_are_on_their_way(passes, own) -> None:
     ]
 
 
+@pytest.mark.parametrize(("tokens", "parts"), [(5, 2), (1, 2), (8, 4), (6, 1), (0, 2)])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_rows_of_a_token_lie_behind_those_of_the_parts_before(tokens, parts, ranks) -> None:
+    from trainer.megatron.crossing import _spans, _table
+
+    got = _table(tokens, ranks, parts, torch.device("cpu"))
+    assert got.shape == (tokens, ranks) and got.dtype == torch.int32
+    spans = _spans(tokens, parts) if tokens else []
+    rows = [(t, rank) for start, end in spans for rank in range(ranks) for t in range(start, end)]
+    assert sorted(rows) == [(t, rank) for t in range(tokens) for rank in range(ranks)]
+    assert all(got[of] == row for row, of in enumerate(rows))
+
+
 def test_gradients_of_rows_that_were_overwritten_are_refused() -> None:
     from common.errors import EngineError
-    from trainer.megatron.exchange import Crossing, GatheredRows
+    from trainer.megatron.crossing import Crossing, GatheredRows
 
     kept, exchange = GatheredRows(), Alone(own=True)
     first, second = Crossing(exchange, kept), Crossing(exchange, kept)
@@ -101,19 +114,3 @@ def test_gradients_of_rows_that_were_overwritten_are_refused() -> None:
     with pytest.raises(EngineError, match="run again since"):
         first.send_gradients(torch.zeros(T, D))
     second.send_gradients(torch.zeros(T, D))
-
-
-def test_gpus_that_do_not_reach_each_other_are_refused_with_a_remedy(monkeypatch) -> None:
-    import torch.distributed._symmetric_memory as symmetric_memory
-
-    from common.errors import EngineError
-    from trainer.megatron.peers import _Buffer
-
-    def refuse(*_, **__):
-        raise RuntimeError("CUDA driver error: peer access is not supported\nat somewhere")
-
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(symmetric_memory, "empty", refuse)
-    with pytest.raises(EngineError, match="peer access is not supported") as raised:
-        _Buffer(1024, None)
-    assert "parallel.distributed_optimizer=true" in str(raised.value)
