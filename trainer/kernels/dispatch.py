@@ -279,18 +279,14 @@ def sum_slots(
     bases: at most three [T, D]; all of y's dtype. out_TD: where to write it, contiguous. No gradient of its own.
     """
     (tokens, K), D = place_TK.shape, y_ND.shape[1]
-    more_YD, more_TM = (y_ND, place_TK[:, :0]) if more is None else more
+    more_YD, more_TM = more or (y_ND, place_TK)
     out_TD = y_ND.new_empty(tokens, D) if out_TD is None else out_TD
     bases = [base.contiguous() for base in bases_TD]
     if tokens:
         _sum_kernel[(triton.cdiv(tokens, config.tokens),)](
             *(y_ND, place_TK, *(bases + [y_ND] * 3)[:3], out_TD, tokens),
-            *(
-                place_TK if held_1 is None else held_1,
-                more_YD,
-                place_TK if more is None else more_TM,
-            ),
-            *(held_1 is not None, more_TM.shape[1]),
+            *(place_TK if held_1 is None else held_1, more_YD, more_TM),
+            *(held_1 is not None, more_TM.shape[1] if more else 0),
             *(len(bases), D, triton.next_power_of_2(D), K, config.tokens),
             num_warps=config.warps,
         )

@@ -51,11 +51,11 @@ class Unsummed:
     slotted: Slotted | None = None
 
     def room_for_x(self, like_TD: torch.Tensor) -> torch.Tensor:
-        """To be written."""
+        """Where x is to be written."""
         return torch.empty_like(like_TD)
 
     def room_for_gradient(self, like_TD: torch.Tensor) -> torch.Tensor:
-        """Of the layer's input, to be written."""
+        """Where the gradient of the layer's input is to be written."""
         return torch.empty_like(like_TD)
 
     def leave(

@@ -46,10 +46,8 @@ class Returning:
         """Own and others', by slots."""
         for *_, arriving in self.parts:
             arriving.wait()
-        return [
-            self.own,
-            self.own._replace(rows_ND=self.rows_YD, place_TK=self._places(), held_1=None),
-        ]
+        others = self.own._replace(rows_ND=self.rows_YD, place_TK=self._places(), held_1=None)
+        return [self.own, others]
 
     def add_up(self, *bases_TD: torch.Tensor) -> torch.Tensor:
         """[T, D]: the sum of all and of bases. Of a part it is made while the next is on its way."""
