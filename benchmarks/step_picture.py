@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.kernel_classes import draw_bar
+from benchmarks.student_step import phases_ms
 from common.config import PROJECT_ROOT
 
 RESULTS = Path(__file__).parent / "results"
@@ -41,12 +42,8 @@ def bars(one: dict[str, Any], two: dict[str, Any], passes: dict[str, Any]) -> di
         for name in ("forward", "backward")
     }
     what = f"phases of a step of {one['tokens_a_step']:,} tokens"
-    both = {f"{what}, one GPU": _phases(one), f"{what}, two, experts spread": _phases(two)}
+    both = {f"{what}, one GPU": phases_ms(one), f"{what}, two, experts spread": phases_ms(two)}
     return both | of_kernels
-
-
-def _phases(timing: dict[str, Any]) -> dict[str, float]:
-    return {name: 1e3 * of for name, of in timing["seconds"].items() if name != "step"}
 
 
 def _read(name: str) -> dict[str, Any]:

@@ -98,12 +98,16 @@ def measure(
 
 def draw_step(figures: dict[str, Any], path: Path) -> None:
     """Phases of a step, and classes of its kernels."""
-    seconds = figures["timing"]["seconds"]
-    phases = {name: 1e3 * value for name, value in seconds.items() if name != "step"}
-    phases["host and waiting"] = max(0.0, 1e3 * seconds["step"] - sum(phases.values()))
     of = figures["timing"]
+    phases = phases_ms(of)
+    phases["host and waiting"] = max(0.0, 1e3 * of["seconds"]["step"] - sum(phases.values()))
     title = f"{of['tokens_a_step']} tokens a step, {of['tokens_per_sec_a_device']:.0f} tokens/s"
     draw_bar({"phases": phases, "kernels": figures["classes_ms"]}, path, title)
+
+
+def phases_ms(timing: dict[str, Any]) -> dict[str, float]:
+    """Milliseconds of each phase of a step, from what `timing` gives."""
+    return {name: 1e3 * of for name, of in timing["seconds"].items() if name != "step"}
 
 
 def take_steps(run: Any, steps: int, rows: int | None = None) -> list[dict[str, float]]:

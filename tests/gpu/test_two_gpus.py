@@ -90,8 +90,9 @@ def _different(num_rows: int, dtype: str) -> int:
     for in_place in (True, False):
         own = torch.randn(num_rows, 64, device="cuda", generator=make).to(getattr(torch, dtype))
         few, both = own[:, :4].float().contiguous(), torch.cat([own, -own])
-        laid = [peers.place(own).copy_(own), peers.place(few, "choices").copy_(few)]
-        rows, choices = laid if in_place else (own, few)
+        rows, choices = own, few
+        if in_place:
+            rows, choices = peers.place(own).copy_(own), peers.place(few, "choices").copy_(few)
         sent = [peers.gather(rows), peers.gather(choices, "choices")]
         for of, got in zip((own, few), sent, strict=True):
             wrong += int((got.wait() != collectives.gather(of).wait()).sum())

@@ -131,11 +131,12 @@ class Crossing:
         from trainer.kernels.dispatch import sum_slots
         from trainer.kernels.norm import Slotted
 
-        sums_XD, ranks = self.exchange.room(rows_ND[: len(place_XK)]), self.exchange.ranks
-        place_RTK = place_XK.unflatten(0, (ranks, -1))
-        rows_YD = torch.empty_like(sums_XD[len(place_RTK[0]) :])
+        sums_XD = self.exchange.room(rows_ND[: len(place_XK)])
+        place_RTK = place_XK.unflatten(0, (self.exchange.ranks, -1))
+        ranks, T = place_RTK.shape[:2]
+        rows_YD = torch.empty_like(sums_XD[T:])
         self._sums = Returning(Slotted(rows_ND, place_RTK[self.exchange.rank], held_1), rows_YD, [])
-        for start, end in _spans(len(place_RTK[0]), PARTS):
+        for start, end in _spans(T, PARTS):
             part_XD = sums_XD[ranks * start : ranks * end]
             for rank, out_TD in enumerate(part_XD.chunk(ranks)):
                 if rank != self.exchange.rank:
@@ -287,7 +288,7 @@ def _sum(arrived: Arriving, exchange: Exchange, *bases_TD: torch.Tensor) -> torc
 
 def _spans(tokens: int, parts: int) -> list[tuple[int, int]]:
     """First token and end of each part; few tokens make fewer parts."""
-    size = -(-tokens // parts)
+    size = max(1, -(-tokens // parts))
     return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
@@ -297,6 +298,6 @@ def _table(tokens: int, ranks: int, parts: int, device: torch.device) -> torch.T
     for each size: a pass that is recorded has run before.
     """
     rows = torch.arange(tokens * ranks, dtype=torch.int32, device=device)
-    spans = _spans(tokens, parts) if tokens else []
+    spans = _spans(tokens, parts)
     of_parts = [rows[ranks * start : ranks * end].view(ranks, -1).t() for start, end in spans]
-    return torch.cat(of_parts) if of_parts else rows.view(0, ranks)
+    return torch.cat([rows.new_empty(0, ranks), *of_parts])

@@ -118,8 +118,9 @@ class Peers:
 
 def _rounded(num_bytes: int) -> int:
     """Up to an eighth of the power of two below, at least 512."""
-    step = max(512, 2 ** (max(num_bytes, 1).bit_length() - 1) // _STEPS)
-    return max(1, -(-num_bytes // step)) * step
+    num_bytes = max(num_bytes, 1)
+    step = max(512, 2 ** (num_bytes.bit_length() - 1) // _STEPS)
+    return -(-num_bytes // step) * step
 
 
 def _lay(place: torch.Tensor, rows: torch.Tensor) -> None:
